@@ -1,0 +1,35 @@
+"""Errors that people read: one message with culprit, place and remedy, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+EXIT_FAILED = 1  # the run broke; the same command may succeed later
+EXIT_BAD_INPUT = 2  # settings, data or files are wrong; repeating the command repeats the refusal
+EXIT_INTERRUPTED = 130  # Ctrl-C
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right; str(error) is the whole message."""
+
+    def __init__(self, message: str, *, exit_status: int = EXIT_BAD_INPUT):
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+def listed(headline: str, problems: Sequence[str]) -> UserError:
+    """One UserError that lists every problem below a headline, so that all are fixed in one go."""
+    return UserError("\n".join([headline, *(f"  {problem}" for problem in problems)]))
+
+
+def run_program(main: Callable[[list[str]], None]) -> None:
+    """Run main(argv) as a command: exit status 0 only when it returns; a UserError becomes one message on stderr."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
