@@ -1,0 +1,287 @@
+"""ConfigurableGPT: the model that a ModelArchitectureConfig describes, read from the whole down to its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model_config import ModelArchitectureConfig, parameter_count
+from sft.attention import Documents, KeyValueCache, causal_attention
+
+# Shapes: B rows, T tokens, V vocabulary, D width, H query heads, G key heads, C head size.
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (B, T, 1, C / 2) in fp32
+
+
+class ConfigurableGPT(nn.Module):
+    """A causal language model whose every choice comes from one config; freshly built, its weights are random.
+
+    The loss is computed elsewhere, from hidden_states and head_weight. A tied head is the embedding's own parameter:
+    state_dict() has it under both names, parameters() once.
+    """
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__()
+        device = torch.get_default_device()
+        with torch.device("meta"):  # so that PyTorch's own initialisation draws nothing and costs nothing
+            self.token_embeddings = nn.Embedding(config.vocab_size, config.n_embd)
+            self.pos_encoding = LearnedPositions(config) if config.position_encoding == "learned_absolute" else None
+            self.embedding_dropout = nn.Dropout(config.dropout)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.final_norm = build_norm(config)
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.config = config
+        self.activation_checkpointing = False  # recompute each block in the backward instead of keeping it
+        self.to_empty(device=device)
+        self._tie_head()
+        self._initialise()
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, documents: Documents | None = None) -> Tensor:
+        """Logits (B, T, V) for ids (B, T)."""
+        return F.linear(self.hidden_states(ids, positions, documents), self.head_weight)
+
+    def hidden_states(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+        cache: Sequence[KeyValueCache] | None = None,
+    ) -> Tensor:
+        """What the head reads, (B, T, D), after the final norm.
+
+        positions (B, T) count from 0 in each document, which is also what None means. With a cache, one entry per
+        block, ids are the newest tokens of rows whose earlier ones it holds; documents then covers those too.
+        """
+        if positions is None:
+            positions = documents.positions if documents is not None else self._counted(ids, cache)
+        x = self.token_embeddings(ids)
+        if self.pos_encoding is not None:
+            x = x + self.pos_encoding(positions)
+        x = self.embedding_dropout(x)
+        rotary = rotary_tables(positions, self.config) if self.config.position_encoding == "rope" else None
+        for i, block in enumerate(self.blocks):
+            past = None if cache is None else cache[i]
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, rotary, documents, past, use_reentrant=False)
+            else:
+                x = block(x, rotary, documents, past)
+        return self.final_norm(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix (V, D)."""
+        return self.lm_head.weight
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding and of the head."""
+        return self.config.vocab_size
+
+    def set_dropout(self, rate: float) -> None:
+        """Use one rate for the embeddings, the attention probabilities and the residual additions."""
+        self.config = dataclasses.replace(self.config, dropout=rate, attention_dropout=None, residual_dropout=None)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = rate
+            elif isinstance(module, Attention):
+                module.dropout = rate
+
+    def grow_vocabulary(self, size: int, say: Callable[[str], None] = print) -> None:
+        """Give the embedding and the head `size` rows, each new one the mean of the old; says both parameter counts.
+
+        New parameters take the place of the old, so this comes before the optimizer and any wrapper.
+        """
+        old = self.config
+        assert size >= old.vocab_size, f"a vocabulary of {old.vocab_size} does not shrink to {size}"
+        self.config = dataclasses.replace(old, vocab_size=size)
+        self.token_embeddings.weight = _grown(self.token_embeddings.weight, size)
+        self.token_embeddings.num_embeddings = size
+        if not old.weight_tying:
+            self.lm_head.weight = _grown(self.lm_head.weight, size)
+        self.lm_head.out_features = size
+        self._tie_head()
+        counts = f"{parameter_count(old):,} -> {parameter_count(self.config):,} parameters"
+        say(f"vocabulary {old.vocab_size:,} -> {size:,}: {counts}; new rows are the mean of the old")
+
+    def compile_blocks(self) -> None:
+        """Have torch.compile translate each block at its first call; all blocks share what it learns."""
+        for block in self.blocks:
+            block.compile()
+
+    @staticmethod
+    def _counted(ids: Tensor, cache: Sequence[KeyValueCache] | None) -> Tensor:
+        B, T = ids.shape
+        past = cache[0].length if cache else 0
+        return torch.arange(past, past + T, device=ids.device).expand(B, T)
+
+    def _tie_head(self) -> None:
+        if self.config.weight_tying:
+            self.lm_head.weight = self.token_embeddings.weight
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """GPT-2's start: normal 0.02, divided by sqrt(2 n_layer) for the 2 n_layer matrices that add to the stream."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            elif name.endswith(("c_proj.weight", "w_out.weight", "fc2.weight")):
+                parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
+            else:
+                parameter.normal_(0.0, 0.02)
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward part, each added to the stream before (post) or after (pre) its norm."""
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__()
+        self.norm_first = config.norm_position == "pre"
+        self.norm1 = build_norm(config)
+        self.attn = Attention(config)
+        self.norm2 = build_norm(config)
+        self.ffn = GatedFeedForward(config) if config.ffn_type == "swiglu" else FeedForward(config)
+        self.residual_dropout = nn.Dropout(config.residual_dropout_rate)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary | None, documents: Documents | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        if self.norm_first:
+            x = x + self.residual_dropout(self.attn(self.norm1(x), rotary, documents, cache))
+            return x + self.residual_dropout(self.ffn(self.norm2(x)))
+        x = self.norm1(x + self.residual_dropout(self.attn(x, rotary, documents, cache)))
+        return self.norm2(x + self.residual_dropout(self.ffn(x)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention; with fewer key heads than query heads, each serves a group of them."""
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__()
+        D, H, G, C = config.n_embd, config.n_head, config.key_heads, config.head_size
+        self.query_rows, self.key_rows, self.head_size = H * C, G * C, C
+        self.interleaved = config.rope_layout == "interleaved"
+        self.dropout = config.attention_dropout_rate
+        if G == H:
+            self.c_attn = nn.Linear(D, 3 * H * C, bias=config.bias)  # rows: queries, keys, values
+        else:
+            self.c_q = nn.Linear(D, H * C, bias=config.bias)
+            self.c_kv = nn.Linear(D, 2 * G * C, bias=config.bias)  # rows: keys, values
+        self.c_proj = nn.Linear(H * C, D, bias=config.bias)
+        self.q_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self, x: Tensor, rotary: Rotary | None, documents: Documents | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        B, T, _ = x.shape
+        if hasattr(self, "c_attn"):
+            q, k, v = self.c_attn(x).split([self.query_rows, self.key_rows, self.key_rows], dim=-1)
+        else:
+            q, (k, v) = self.c_q(x), self.c_kv(x).split(self.key_rows, dim=-1)
+        q = self.q_norm(q.view(B, T, -1, self.head_size))  # (B, T, H, C)
+        k = self.k_norm(k.view(B, T, -1, self.head_size))  # (B, T, G, C)
+        v = v.view(B, T, -1, self.head_size)
+        if rotary is not None:
+            q, k = rotate(q, rotary, self.interleaved), rotate(k, rotary, self.interleaved)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, C)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        mixed = causal_attention(q, k, v, documents=documents, dropout=self.dropout if self.training else 0.0)
+        return self.c_proj(mixed.transpose(1, 2).reshape(B, T, self.query_rows))
+
+
+class GatedFeedForward(nn.Module):
+    """SwiGLU: one half decides, through SiLU, how much of the other passes."""
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__()
+        self.w_gate = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.w_value = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.w_out = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_out(F.silu(self.w_gate(x)) * self.w_value(x))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+}
+
+
+class FeedForward(nn.Module):
+    """Two layers with an activation between them."""
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.fc2 = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class LearnedPositions(nn.Module):
+    """A trained vector for each position of a document."""
+
+    def __init__(self, config: ModelArchitectureConfig):
+        super().__init__()
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return self.wpe(positions)
+
+
+class RMSNorm(nn.Module):
+    """x over its root mean square, in at least fp32, times a trained weight."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
+def build_norm(config: ModelArchitectureConfig) -> nn.Module:
+    """The norm over the width that the config names."""
+    if config.normalization == "rmsnorm":
+        return RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.normalization == "layernorm")
+
+
+def rotary_tables(positions: Tensor, config: ModelArchitectureConfig) -> Rotary:
+    """Cosines and sines of each position's angles, in fp32 whatever the model's dtype: half precision would misplace
+    far tokens. They are computed anew for each forward, so there is no buffer to save, to move or to outgrow."""
+    C = config.head_size
+    exponents = torch.arange(0, C, 2, device=positions.device, dtype=torch.float32) / C
+    angles = positions[..., None, None].float() * (1.0 / config.rope_theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotary: Rotary, interleaved: bool) -> Tensor:
+    """x (B, T, heads, C) with each pair of coordinates turned by its position's angle."""
+    cos, sin = rotary
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
+    turned = a * cos - b * sin, b * cos + a * sin
+    return (torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)).to(x.dtype)
+
+
+def _grown(weight: Tensor, size: int) -> nn.Parameter:
+    mean = weight.detach().mean(dim=0, keepdim=True, dtype=torch.promote_types(weight.dtype, torch.float32))
+    new_rows = mean.to(weight.dtype).expand(size - weight.shape[0], -1)
+    return nn.Parameter(torch.cat([weight.detach(), new_rows]), requires_grad=weight.requires_grad)

@@ -1,0 +1,264 @@
+"""The shape of a model: one frozen description, named presets, and its exact parameter and FLOP counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sft.errors import listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArchitectureConfig:
+    """Everything that decides which tensors a model has and what it computes with them.
+
+    A value that cannot be built raises UserError with every problem at once. Nothing is filled in: what None stands
+    for is a property, so to_dict() gives back exactly what was asked for.
+    """
+
+    n_layer: int  # transformer blocks
+    n_head: int  # query heads of each block
+    n_embd: int  # width of the residual stream
+    vocab_size: int  # rows of the embedding and of the head
+    block_size: int  # tokens in the longest row; a hard limit only for learned positions
+    num_key_value_heads: int | None = None  # heads of keys and values, 1 = multi-query; None = n_head
+    head_dim: int | None = None  # size of one head; None = n_embd // n_head
+    d_ff: int | None = None  # inner width of the feed-forward part; None = int(8 n_embd / 3) for swiglu, else 4 n_embd
+    normalization: Literal["layernorm", "layernorm_nobias", "rmsnorm"] = "rmsnorm"
+    norm_eps: float = 1e-6  # added to the variance inside each norm
+    norm_position: Literal["pre", "post"] = "pre"  # x + f(norm(x)), or norm(x + f(x)); final_norm in both
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu", "leaky_relu"] = "silu"  # of a standard ffn; swiglu is silu
+    ffn_type: Literal["standard", "swiglu"] = "swiglu"
+    position_encoding: Literal["rope", "learned_absolute", "none"] = "rope"
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rope_layout: Literal["half", "interleaved"] = "half"  # pairs that turn together: (i, i + C/2) or (2i, 2i + 1)
+    qk_norm: bool = False  # RMS norm of each query and key head, before the rotation
+    bias: bool = False  # in the linear layers of the blocks; the head never has one
+    weight_tying: bool = False  # the head is the embedding
+    dropout: float = 0.0  # of the embeddings, and wherever the next two are None
+    attention_dropout: float | None = None  # of the attention probabilities
+    residual_dropout: float | None = None  # of what each half of a block adds to the stream
+
+    def __post_init__(self) -> None:
+        if problems := _problems(self.to_dict()):
+            raise listed("the architecture cannot be built:", problems)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelArchitectureConfig:
+        """The architecture that a plain dict describes; UserError names every unknown, missing or bad field."""
+        if problems := _problems(values):
+            raise listed("the architecture cannot be built:", problems)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that from_dict turns back into an equal architecture."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and of values."""
+        return self.n_head if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def head_size(self) -> int:
+        """Coordinates of one head."""
+        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+
+    @property
+    def ffn_width(self) -> int:
+        """Inner width of the feed-forward part."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return int(8 * self.n_embd / 3) if self.ffn_type == "swiglu" else 4 * self.n_embd
+
+    @property
+    def attention_dropout_rate(self) -> float:
+        """The share of attention probabilities dropped in training."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
+    def residual_dropout_rate(self) -> float:
+        """The share of each block's additions dropped in training."""
+        return self.dropout if self.residual_dropout is None else self.residual_dropout
+
+
+def parameter_count(config: ModelArchitectureConfig) -> int:
+    """The exact number of trained values; a tied head counts once."""
+    D, C, F = config.n_embd, config.head_size, config.ffn_width
+    query_rows, key_rows = config.n_head * C, config.key_heads * C
+    norm = {"layernorm": 2 * D, "layernorm_nobias": D, "rmsnorm": D}[config.normalization]
+    attention_biases = query_rows + 2 * key_rows + D
+    ffn_biases = (2 * F if config.ffn_type == "swiglu" else F) + D
+    block = _block_matrix_values(config) + 2 * norm
+    block += 2 * C if config.qk_norm else 0
+    block += attention_biases + ffn_biases if config.bias else 0
+    tables = config.vocab_size * D * (1 if config.weight_tying else 2)
+    tables += config.block_size * D if config.position_encoding == "learned_absolute" else 0
+    return tables + config.n_layer * block + norm
+
+
+def forward_flops(config: ModelArchitectureConfig, *, tokens: int, attended_pairs: int, trained_tokens: int) -> int:
+    """Floating-point operations of one forward: two for each multiply-add of each matrix product, nothing else.
+
+    attended_pairs is the number of (query, key) pairs that the mask lets through, the sum of L(L+1)/2 over documents
+    of L tokens; the head runs on trained_tokens only. A backward costs twice as much again.
+    """
+    blocks = config.n_layer * _block_matrix_values(config) * tokens
+    attention = config.n_layer * 2 * config.n_head * config.head_size * attended_pairs  # scores, then mixed values
+    head = config.vocab_size * config.n_embd * trained_tokens
+    return 2 * (blocks + attention + head)
+
+
+def _block_matrix_values(config: ModelArchitectureConfig) -> int:
+    """The entries of all weight matrices of one block."""
+    D = config.n_embd
+    attention = (2 * config.n_head + 2 * config.key_heads) * config.head_size * D  # queries, output; keys, values
+    ffn = (3 if config.ffn_type == "swiglu" else 2) * config.ffn_width * D
+    return attention + ffn
+
+
+def _problems(values: Mapping[str, Any]) -> list[str]:
+    """Everything that keeps `values` from being an architecture, one sentence each."""
+    fields = {field.name: field for field in dataclasses.fields(ModelArchitectureConfig)}
+    hints = typing.get_type_hints(ModelArchitectureConfig)
+    problems = []
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(str(name), fields, n=1)
+            problems.append(f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            problems.append(f"{name} is missing")
+        elif name in values and not _accepts(hints[name], values[name]):
+            problems.append(f"{name} must be {_in_words(hints[name])}, not {values[name]!r}")
+    # Ranges and contradictions are looked for only among values of the right type.
+    sound = {name: values.get(name, field.default) for name, field in fields.items()}
+    sound = {name: value for name, value in sound.items() if _accepts(hints[name], value)}
+    return [*problems, *_out_of_range(sound), *_contradictions(sound)]
+
+
+def _out_of_range(values: Mapping[str, Any]) -> Iterator[str]:
+    sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "num_key_value_heads", "head_dim", "d_ff")
+    for name in (*sizes, "norm_eps", "rope_theta"):
+        if values.get(name) is not None and not values[name] > 0:
+            yield f"{name} must be above 0, not {values[name]!r}"
+    for name in ("dropout", "attention_dropout", "residual_dropout"):
+        if values.get(name) is not None and not 0 <= values[name] < 1:
+            yield f"{name} must be at least 0 and below 1, not {values[name]!r}"
+
+
+def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
+    heads, width, key_heads = values.get("n_head"), values.get("n_embd"), values.get("num_key_value_heads")
+    if heads and key_heads and heads > 0 and key_heads > 0 and heads % key_heads:
+        yield f"n_head {heads} must be a multiple of num_key_value_heads {key_heads}"
+    size = values.get("head_dim")
+    if size is None and "head_dim" in values and heads and width and heads > 0:
+        if width % heads:
+            yield f"n_embd {width} must be a multiple of n_head {heads}, or head_dim given"
+        size = width // heads
+    if size and values.get("position_encoding") == "rope" and size % 2:
+        yield f"rotary positions need an even head size, not {size}"
+
+
+def _accepts(hint: Any, value: object) -> bool:
+    """Whether `value` has the type that a field declares; a whole number will do for a float."""
+    if isinstance(hint, types.UnionType):
+        return any(_accepts(option, value) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if isinstance(value, bool):  # a bool is an int to Python, never to a person
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _in_words(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_in_words(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return {types.NoneType: "None"}.get(hint, hint.__name__)
+
+
+def _qwen3(n_layer: int, n_embd: int, n_head: int, d_ff: int, *, tied: bool) -> ModelArchitectureConfig:
+    return ModelArchitectureConfig(
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        num_key_value_heads=8,
+        head_dim=128,
+        d_ff=d_ff,
+        vocab_size=151_936,
+        block_size=40_960,
+        rope_theta=1_000_000.0,
+        qk_norm=True,
+        weight_tying=tied,
+    )
+
+
+def _gpt2(n_layer: int, n_embd: int, n_head: int) -> ModelArchitectureConfig:
+    return ModelArchitectureConfig(
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        vocab_size=50_257,
+        block_size=1024,
+        normalization="layernorm",
+        norm_eps=1e-5,
+        activation="gelu_tanh",
+        ffn_type="standard",
+        position_encoding="learned_absolute",
+        bias=True,
+        weight_tying=True,
+    )
+
+
+def _llama2(n_layer: int, n_embd: int, n_head: int, d_ff: int, *, key_heads: int) -> ModelArchitectureConfig:
+    return ModelArchitectureConfig(
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        num_key_value_heads=key_heads,
+        d_ff=d_ff,
+        vocab_size=32_000,
+        block_size=4096,
+        norm_eps=1e-5,
+    )
+
+
+def _llama3(n_layer: int, n_embd: int, n_head: int, d_ff: int) -> ModelArchitectureConfig:
+    base = _llama2(n_layer, n_embd, n_head, d_ff, key_heads=8)
+    return dataclasses.replace(base, vocab_size=128_256, block_size=8192, rope_theta=500_000.0)
+
+
+PRESETS: dict[str, ModelArchitectureConfig] = {
+    "qwen3-0.6b": _qwen3(28, 1024, 16, 3072, tied=True),
+    "qwen3-1.7b": _qwen3(28, 2048, 16, 6144, tied=True),
+    "qwen3-4b": _qwen3(36, 2560, 32, 9728, tied=True),
+    "qwen3-8b": _qwen3(36, 4096, 32, 12288, tied=False),
+    "qwen3-14b": _qwen3(40, 5120, 40, 17408, tied=False),
+    "qwen3-32b": _qwen3(64, 5120, 64, 25600, tied=False),
+    "sft-qwen3-1.8b": ModelArchitectureConfig(
+        n_layer=24,
+        n_head=16,
+        n_embd=2048,
+        num_key_value_heads=8,
+        d_ff=6144,
+        vocab_size=151_669,
+        block_size=2048,
+        rope_theta=1_000_000.0,
+    ),
+    "gpt2": _gpt2(12, 768, 12),
+    "gpt2-medium": _gpt2(24, 1024, 16),
+    "gpt2-large": _gpt2(36, 1280, 20),
+    "gpt2-xl": _gpt2(48, 1600, 25),
+    "llama-2-7b": _llama2(32, 4096, 32, 11008, key_heads=32),
+    "llama-2-13b": _llama2(40, 5120, 40, 13824, key_heads=40),
+    "llama-2-70b": _llama2(80, 8192, 64, 28672, key_heads=8),
+    "llama-3-8b": _llama3(32, 4096, 32, 14336),
+    "llama-3-70b": _llama3(80, 8192, 64, 28672),
+}
