@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from os import PathLike
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model_config import ModelArchitectureConfig, parameter_count
 from sft.attention import Documents, KeyValueCache, causal_attention
+from sft.errors import UserError
+from sft.pretrained import open_pretrained
 
 # Shapes: B rows, T tokens, V vocabulary, D width, H query heads, G key heads, C head size.
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (B, T, 1, C / 2) in fp32
@@ -83,6 +87,15 @@ class ConfigurableGPT(nn.Module):
         """Rows of the embedding and of the head."""
         return self.config.vocab_size
 
+    @property
+    def position_limit(self) -> int | None:
+        """The most tokens of a document that can be given a place; None where positions are computed, not looked up."""
+        return self.config.block_size if self.pos_encoding is not None else None
+
+    def new_cache(self) -> list[KeyValueCache]:
+        """An empty cache for hidden_states."""
+        return [KeyValueCache() for _ in self.blocks]
+
     def set_dropout(self, rate: float) -> None:
         """Use one rate for the embeddings, the attention probabilities and the residual additions."""
         self.config = dataclasses.replace(self.config, dropout=rate, attention_dropout=None, residual_dropout=None)
@@ -136,6 +149,30 @@ class ConfigurableGPT(nn.Module):
                 parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
             else:
                 parameter.normal_(0.0, 0.02)
+
+
+def load_pretrained(
+    path: str | PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> ConfigurableGPT:
+    """The model that a checkpoint or a Hugging Face folder holds, exactly: nothing added, nothing left over.
+
+    It comes in evaluation mode; a trainer calls train(). Weights are copied one at a time, so the peak is the model
+    and one of its tensors. Raises UserError for what cannot be read, with every tensor that does not fit.
+    """
+    source = open_pretrained(Path(path))
+    try:
+        config = ModelArchitectureConfig.from_dict(source.fields)
+    except UserError as error:
+        raise UserError(f"{source.path}: {error}") from error
+    with torch.device("meta"):
+        model = ConfigurableGPT(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    weights = source.weights(shapes, device, dtype)
+    if config.weight_tying:
+        weights["lm_head.weight"] = weights["token_embeddings.weight"]
+    model.load_state_dict(weights, assign=True)
+    model._tie_head()
+    return model.eval()
 
 
 class Block(nn.Module):

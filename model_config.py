@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sft.errors import listed
+from sft.settings_types import checked, type_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
         if name not in values and field.default is dataclasses.MISSING:
             problems.append(f"{name} is missing")
         elif name in values and not _accepts(hints[name], values[name]):
-            problems.append(f"{name} must be {_in_words(hints[name])}, not {values[name]!r}")
+            problems.append(f"{name} must be {type_name(hints[name])}, not {values[name]!r}")
     # Ranges and contradictions are looked for only among values of the right type.
     sound = {name: values.get(name, field.default) for name, field in fields.items()}
     sound = {name: value for name, value in sound.items() if _accepts(hints[name], value)}
@@ -166,22 +166,11 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _accepts(hint: Any, value: object) -> bool:
-    """Whether `value` has the type that a field declares; a whole number will do for a float."""
-    if isinstance(hint, types.UnionType):
-        return any(_accepts(option, value) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return isinstance(value, str) and value in typing.get_args(hint)
-    if isinstance(value, bool):  # a bool is an int to Python, never to a person
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _in_words(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_in_words(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    return {types.NoneType: "None"}.get(hint, hint.__name__)
+    try:
+        checked(value, hint)
+    except ValueError:
+        return False
+    return True
 
 
 def _qwen3(n_layer: int, n_embd: int, n_head: int, d_ff: int, *, tied: bool) -> ModelArchitectureConfig:

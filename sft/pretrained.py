@@ -1,0 +1,133 @@
+"""What a file of weights holds, whoever wrote it: architecture fields and tensors, opened but not read yet."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sft import huggingface
+from sft.checkpoint import read_checkpoint
+from sft.errors import UserError, listed
+from sft.huggingface import NameTable, Piece, StoredTensor
+
+FLOATS = tuple(huggingface.FLOATS.values())
+WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
+DERIVED_BUFFERS = re.compile(r"\.attn\.(rope\..+|bias)$")  # rotary tables and causal masks that others save
+FOREIGN_FIELDS = ("attention_backend", "ffn_expansion_ratio")  # how to compute, and what d_ff already says
+
+
+class MappedTensor(NamedTuple):
+    """A tensor of a checkpoint, mapped from its file."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def read(self) -> Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The content of one checkpoint file or folder."""
+
+    path: Path
+    fields: dict[str, Any]  # of the architecture, as plain values
+    tensors: Mapping[str, MappedTensor | StoredTensor]  # by the file's names
+    table: NameTable | None  # how ours are made of them; None = the names are ours
+
+    def weights(self, shapes: Mapping[str, tuple[int, ...]], device: str | torch.device, dtype: torch.dtype) -> dict:
+        """Each of our tensors, of exactly these shapes, in memory of its own; one at a time passes through the CPU.
+
+        shapes leaves out a tied head; the file may still hold one. Raises UserError with every missing, unexpected
+        or wrong-shaped tensor.
+        """
+        table = self.table or {name: (Piece(name, shape),) for name, shape in shapes.items()}
+        assert table.keys() == shapes.keys()
+        self._check(table)
+        weights = {}
+        for name, pieces in table.items():
+            weights[name] = torch.empty(shapes[name], device=device, dtype=dtype)
+            parts = weights[name].split([piece.shape[0] for piece in pieces])
+            for piece, part in zip(pieces, parts, strict=True):
+                part.copy_(self.tensors[piece.name].read())
+        return weights
+
+    def _check(self, table: NameTable) -> None:
+        expected = {piece.name: piece.shape for pieces in table.values() for piece in pieces}
+        tied_head = "lm_head.weight" in self.tensors and "lm_head.weight" not in table
+        if tied_head:
+            expected["lm_head.weight"] = table["token_embeddings.weight"][0].shape
+        problems = [f"missing: {name} {expected[name]}" for name in expected if name not in self.tensors]
+        for name, found in self.tensors.items():
+            if name not in expected:
+                problems.append(f"unexpected: {name} {found.shape}")
+            elif found.shape != expected[name]:
+                problems.append(f"wrong shape: {name} is {found.shape}, must be {expected[name]}")
+            elif found.dtype not in FLOATS:
+                problems.append(f"wrong type: {name} is {found.dtype}, must be a float of 16, 32 or 64 bits")
+        if problems:
+            raise listed(f"{self.path}: its tensors do not fit the architecture it names:", problems)
+        if tied_head:
+            self._compare_tied_head(table["token_embeddings.weight"][0].name)
+
+    def _compare_tied_head(self, embedding: str) -> None:
+        if not torch.equal(self.tensors["lm_head.weight"].read(), self.tensors[embedding].read()):
+            note = "the head is tied, so its lm_head.weight, which differs from the embedding, is not used"
+            print(f"{self.path}: {note} (Transformers does the same)", file=sys.stderr)
+
+
+def open_pretrained(path: Path) -> Pretrained:
+    """A Hugging Face folder, a checkpoint file, or a folder with a ckpt.pt. Raises UserError for anything else."""
+    if (path / "config.json").is_file():
+        config = huggingface.read_config(path)
+        try:
+            fields = huggingface.architecture_fields(config)
+        except UserError as error:
+            raise UserError(f"{path / 'config.json'}: {error}") from error
+        return Pretrained(path, fields, huggingface.stored_tensors(path), huggingface.name_table(fields))
+    if path.is_dir():
+        if not (path / "ckpt.pt").is_file():
+            raise UserError(f"{path}: holds neither a config.json with *.safetensors nor a ckpt.pt")
+        path = path / "ckpt.pt"
+    return _open_checkpoint(path)
+
+
+def _open_checkpoint(path: Path) -> Pretrained:
+    content = read_checkpoint(path)
+    state, fields = content.get("model"), content.get("model_args")
+    if not isinstance(state, dict) or not isinstance(fields, dict):
+        raise UserError(f"{path}: is no model checkpoint, since it lacks 'model' or 'model_args'")
+    # Files that do not say how rotary pairs lie come from a project that only knew interleaved ones.
+    fields = {"rope_layout": "interleaved", **fields}
+    fields = {name: value for name, value in fields.items() if name not in FOREIGN_FIELDS}
+    tensors: dict[str, MappedTensor] = {}
+    for given, tensor in state.items():
+        name = _unwrapped(str(given))
+        if DERIVED_BUFFERS.search(name):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{path}: {given} is a {type(tensor).__name__}, not a tensor")
+        if name in tensors:
+            raise UserError(f"{path}: holds {name} twice, with and without a wrapper's prefix")
+        tensors[name] = MappedTensor(tensor)
+    return Pretrained(path, fields, tensors, table=None)
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.split(".", 1)[1]
+    return name
