@@ -1,0 +1,43 @@
+# `make` or `make help` lists what can be made. A fresh machine needs Python >= 3.11, git and make.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= out/gpu
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+.PHONY: help setup demo test test-slow test-all lint gpu clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: .venv/installed ## the virtual environment .venv with the versions of constraints.txt
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,report]'
+	touch $@
+
+demo: setup ## the whole pipeline on a small world, in minutes on a CPU
+	$(BIN)/python demo/run.py
+
+test: setup ## the quick tests
+	$(PYTEST)
+
+test-slow: setup ## the slow tests
+	$(PYTEST) -m 'slow and not gpu'
+
+test-all: test test-slow ## the quick tests, then the slow ones
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A GPU machine comes with its own CUDA build of torch, and not with every library of the tests: no .venv, and only the
+# files that hold GPU tests.
+gpu: ## the GPU tests with the machine's own Python; results in $OUT, else out/gpu
+	mkdir -p $(OUT)
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu_tests.xml $$(grep -l 'mark\.gpu' tests/test_*.py)
+
+clean: ## removes .venv and caches; data/ and out/ stay
+	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
