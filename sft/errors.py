@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -24,12 +25,18 @@ def listed(headline: str, problems: Sequence[str]) -> UserError:
 
 
 def run_program(main: Callable[[list[str]], None]) -> None:
-    """Run main(argv) as a command: exit status 0 only when it returns; a UserError becomes one message on stderr."""
+    """Run main(argv) as a command: exit status 0 only when it returns; a UserError becomes one message on stderr.
+
+    Of the processes that torchrun starts on a machine, the first one speaks.
+    """
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if speaks:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        if speaks:
+            print("interrupted", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)

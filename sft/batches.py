@@ -1,0 +1,164 @@
+"""From rows of samples to the tensors of a micro-batch. The one place where labels are shifted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sft.arrays import Samples
+from sft.attention import Documents
+from sft.packing import Row, RowStream
+
+MASKED = -100
+
+
+class Document(NamedTuple):
+    """One sample inside a row: ids (L,), labels (L,) unshifted with -100, weights (L,) or None for all ones."""
+
+    input_ids: NDArray[np.integer]
+    labels: NDArray[np.integer]
+    weights: NDArray[np.floating] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one micro-step on one rank. B rows, T = block_size tokens, n trained tokens."""
+
+    input_ids: Tensor  # (B, T) int64
+    positions: Tensor  # (B, T) int64, restarting at 0 in each document
+    documents: Documents
+    trained: Tensor  # (n,) int64: places in the flattened (B * T) row whose next token is trained
+    targets: Tensor  # (n,) int64: that next token
+    weights: Tensor | None  # (n,) float32; None when all are 1
+    tokens: int  # real tokens, padding not counted
+    attended_pairs: int  # sum over documents of L (L + 1) / 2: what causal attention has to compute
+    dropout_seed: int | None = None  # set before the forward, so that no generator state needs saving
+
+    @property
+    def trained_tokens(self) -> int:
+        return len(self.targets)
+
+
+def make_batch(
+    rows: Sequence[Sequence[Document]],
+    *,
+    block_size: int,
+    pad_id: int,
+    device: torch.device | str = "cpu",
+    dropout_seed: int | None = None,
+) -> Batch:
+    """Lay documents end to end in rows of block_size tokens; the unused tail of a row is a document of its own.
+
+    The target of a position is the label of the next token of the same document; a document's last token has none.
+    """
+    shape = (len(rows), block_size)
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    positions = np.empty(shape, dtype=np.int64)
+    document_ids = np.empty(shape, dtype=np.int32)
+    targets = np.full(shape, MASKED, dtype=np.int64)
+    weights = np.ones(shape, dtype=np.float32)
+    weighted = False
+    tokens = attended_pairs = 0
+    for row, documents in enumerate(rows):
+        start = 0
+        for number, document in enumerate(documents):
+            length = len(document.input_ids)
+            end = start + length
+            assert end <= block_size, "the documents of a row are longer than the row"
+            input_ids[row, start:end] = document.input_ids
+            positions[row, start:end] = np.arange(length)
+            document_ids[row, start:end] = number
+            targets[row, start : end - 1] = document.labels[1:]
+            if document.weights is not None:
+                weights[row, start : end - 1] = document.weights[1:]
+                weighted = True
+            tokens += length
+            attended_pairs += length * (length + 1) // 2
+            start = end
+        positions[row, start:] = np.arange(block_size - start)
+        document_ids[row, start:] = len(documents)
+    trained = np.flatnonzero(targets != MASKED)
+
+    def place(array: NDArray[np.generic]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if torch.device(device).type == "cuda":
+            return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.to(device)
+
+    return Batch(
+        input_ids=place(input_ids),
+        positions=place(positions),
+        documents=Documents(place(document_ids)),
+        trained=place(trained),
+        targets=place(targets.reshape(-1)[trained]),
+        weights=place(weights.reshape(-1)[trained]) if weighted else None,
+        tokens=tokens,
+        attended_pairs=attended_pairs,
+        dropout_seed=dropout_seed,
+    )
+
+
+def read_row(samples: Samples, row: Row) -> list[Document]:
+    """The documents of a row, read from the prepared arrays."""
+    documents = []
+    for sample in row.tolist():
+        span = slice(int(samples.offsets[sample]), int(samples.offsets[sample + 1]))
+        weights = None if samples.weights is None else samples.weights[span]
+        documents.append(Document(samples.input_ids[span], samples.labels[span], weights))
+    return documents
+
+
+class StepBatches(NamedTuple):
+    """One rank's share of a step, and the normaliser of the whole step over all ranks."""
+
+    batches: Iterator[Batch]
+    target_weight: float
+
+
+@dataclass(frozen=True)
+class TrainLoader:
+    """Which rows a step takes and which of them this rank computes.
+
+    A step takes the next rows_per_step rows of the stream and cuts them into micro-batches of batch_size rows.
+    Micro-step m of a rank is micro-batch m * world_size + rank: the same rows meet the same dropout on any number of
+    ranks.
+    """
+
+    samples: Samples
+    stream: RowStream
+    batch_size: int
+    rows_per_step: int
+    rank: int
+    world_size: int
+    pad_id: int
+    seed: int
+    device: torch.device
+
+    def step(self, step: int, *, rows_seen: int) -> StepBatches:
+        """Batches are made one by one as they are asked for; the normaliser comes from disk, before any forward."""
+        rows = [self.stream.row(rows_seen + place) for place in range(self.rows_per_step)]
+        target_weight = float(sum(self.samples.targets[row].sum() for row in rows))
+        return StepBatches(self._share(step, rows), target_weight)
+
+    def _share(self, step: int, rows: Sequence[Row]) -> Iterator[Batch]:
+        micro_batches = self.rows_per_step // self.batch_size
+        for micro_batch in range(self.rank, micro_batches, self.world_size):
+            first = micro_batch * self.batch_size
+            yield make_batch(
+                [read_row(self.samples, row) for row in rows[first : first + self.batch_size]],
+                block_size=self.stream.block_size,
+                pad_id=self.pad_id,
+                device=self.device,
+                dropout_seed=dropout_seed(self.seed, step, micro_batch),
+            )
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    """A seed of its own for each micro-batch of a run, the same whoever computes it and however often."""
+    return int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,68 @@
+"""Validation loss over all ranks: every row counts once, whatever the number of ranks and the batch size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from sft.arrays import Samples
+from sft.batches import make_batch, read_row
+from sft.packing import Row, RowStream
+from sft.step import SummedLoss
+from sft.world import World
+
+
+class Evaluation(NamedTuple):
+    loss: float  # weighted mean over the trained tokens of all rows
+    trained_tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The rows to evaluate on, the same on every rank, and how many of them to compute at once."""
+
+    samples: Samples
+    block_size: int
+    batch_size: int
+    pad_id: int
+    seed: int  # decides which rows come first, where there is a limit
+    limit: int | None  # at most so many rows; None = all
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        if len(self.samples) == 0:
+            return []
+        stream = RowStream(self.samples.lengths, block_size=self.block_size, seed=self.seed)
+        count = stream.rows_per_epoch if self.limit is None else min(self.limit, stream.rows_per_epoch)
+        return [stream.row(place) for place in range(count)]
+
+    @torch.no_grad()
+    def evaluate(self, loss_module: SummedLoss, world: World) -> Evaluation:
+        """The mean token loss, by all ranks together: rank r computes rows r, r + size, ..., and one sum joins them.
+
+        Touches neither the random generators nor the training mode that it found.
+        """
+        assert self.rows, "there is nothing to evaluate on"
+        was_training = loss_module.training
+        loss_module.eval()
+        mine = self.rows[world.rank :: world.size]
+        # loss sum, sum of target weights, trained tokens
+        totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+        for first in range(0, len(mine), self.batch_size):
+            rows = mine[first : first + self.batch_size]
+            batch = make_batch(
+                [read_row(self.samples, row) for row in rows],
+                block_size=self.block_size,
+                pad_id=self.pad_id,
+                device=world.device,
+            )
+            totals[0] += loss_module(batch)
+            totals[1] += sum(float(self.samples.targets[row].sum()) for row in rows)
+            totals[2] += batch.trained_tokens
+        loss_module.train(was_training)
+        loss_sum, target_weight, trained_tokens = world.sum(totals).tolist()
+        return Evaluation(loss_sum / target_weight, int(trained_tokens), len(self.rows))

@@ -1,0 +1,93 @@
+"""What a run tells: one aligned line per event for people, the run log for programs. The main rank alone speaks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sft.evaluation import Evaluation
+from sft.progress import Totals
+from sft.run_log import RunLog
+from sft.speed import memory_gib, model_flops_utilisation, peak_flops
+from sft.world import World
+
+
+class Journal:
+    """The console and the run log of one run; every method may be called on every rank."""
+
+    def __init__(self, world: World, log: RunLog | None, *, steps: int):
+        self.world = world
+        self.log = log  # None on all ranks but the main one
+        self.steps = steps
+        self.peak_flops = peak_flops(world.device)
+        self.started = time.perf_counter()
+
+    def startup(self, sentences: Mapping[str, str], **facts: Any) -> None:
+        """Print one aligned line per topic; keep them and the facts in the log."""
+        for topic, sentence in sentences.items():
+            self.world.print(f"{topic:<8} {sentence}")
+        if self.log:
+            self.log.startup(**facts, sentences=dict(sentences))
+
+    def event(self, kind: str, **details: Any) -> None:
+        if self.log:
+            self.log.event(kind, **details)
+
+    def iteration(self, iter_num: int, totals: Totals, *, learning_rate: float, grad_norm: float, flops: float) -> None:
+        """One record for the steps since the last: means over their trained tokens, rates over their time."""
+        tokens_per_second = totals.tokens / totals.seconds
+        record: dict[str, Any] = {
+            "iter": iter_num,
+            "loss": totals.loss,
+            "lr": learning_rate,
+            "grad_norm": grad_norm,
+            "trained_tokens": totals.trained_tokens,
+            "tokens": totals.tokens,
+            "time_ms": 1000 * totals.seconds / totals.steps,
+            "tokens_per_second": tokens_per_second,
+            "mfu": model_flops_utilisation(flops, totals.seconds, world_size=self.world.size, peak=self.peak_flops),
+            "memory_gib": memory_gib(self.world.device),
+        }
+        mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:4.0%}"
+        self.world.print(
+            f"{self._step(iter_num)}  loss {totals.loss:7.4f}  lr {learning_rate:.2e}  norm {grad_norm:6.2f}"
+            f"  {record['time_ms']:7.0f} ms  {_thousands(tokens_per_second)} tok/s{mfu}"
+            f"  {record['memory_gib']:5.1f} GiB"
+        )
+        if self.log:
+            self.log.iteration(**record)
+
+    def evaluation(self, iter_num: int, result: Evaluation, *, is_best: bool, seconds: float) -> None:
+        self.world.print(
+            f"{self._step(iter_num)}  validation loss {result.loss:.4f}  ({result.rows} rows, "
+            f"{result.trained_tokens:,} trained tokens, {seconds:.1f} s){'  best so far' if is_best else ''}"
+        )
+        if self.log:
+            self.log.evaluation(
+                iter=iter_num,
+                val_loss=result.loss,
+                trained_tokens=result.trained_tokens,
+                rows=result.rows,
+                seconds=seconds,
+                is_best=is_best,
+            )
+
+    def checkpoint(self, iter_num: int, path: Path, *, is_best: bool) -> None:
+        self.world.print(f"{self._step(iter_num)}  saved {path}")
+        if self.log:
+            self.log.checkpoint(iter=iter_num, path=path, is_best=is_best)
+
+    def close(self, status: str, **summary: Any) -> None:
+        """The last word: finished, interrupted, or failed: cause."""
+        if self.log:
+            self.log.finish(status, {**summary, "seconds": time.perf_counter() - self.started})
+            self.world.print(f"{status}; the run log is {self.log.path}")
+
+    def _step(self, iter_num: int) -> str:
+        return f"step {iter_num:6d}/{self.steps}"
+
+
+def _thousands(rate: float) -> str:
+    return f"{rate / 1000:6.1f}k" if rate >= 1000 else f"{rate:6.0f} "

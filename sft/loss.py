@@ -1,0 +1,18 @@
+"""The loss of a batch: gather the trained tokens, run the head on them alone, sum their cross-entropies."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sft.batches import Batch
+from sft.kernels.reference import linear_cross_entropy
+
+
+def masked_loss_sum(hidden: Tensor, head_weight: Tensor, batch: Batch) -> Tensor:
+    """The weighted sum of the token losses of a batch, a scalar in fp32 or wider; to be divided once, by the step.
+
+    hidden (B, T, D) after the final norm, head_weight (V, D). A batch without trained tokens gives zero and zero
+    gradients.
+    """
+    trained = hidden.flatten(0, 1)[batch.trained]  # (n, D): masked positions never reach the head
+    return linear_cross_entropy(trained, head_weight, batch.targets, batch.weights)

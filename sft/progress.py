@@ -1,0 +1,102 @@
+"""What happened since the last log record: losses stay on the device until a record asks for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sft.batches import Batch
+from sft.world import World
+
+
+@dataclass
+class Totals:
+    """Sums over all ranks and over the steps since the last record."""
+
+    steps: int = 0
+    loss_sum: float = 0.0
+    target_weight: float = 0.0
+    trained_tokens: int = 0
+    tokens: int = 0
+    attended_pairs: int = 0
+    seconds: float = 0.0  # of this process, in steps alone
+
+    @property
+    def loss(self) -> float:
+        """The weighted token mean: divided once, here, where sum and weight are complete."""
+        return self.loss_sum / self.target_weight
+
+
+class Progress:
+    """Sums of the steps since the last record, and the time that they took (evaluation and saving not counted)."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.totals = Totals()
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        self._counts = [0, 0, 0]  # this rank's trained tokens, tokens and attended pairs
+        self._clock: float | None = None  # when the time not yet in totals began; None while it stands still
+
+    def counting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches, each counted as it passes."""
+        for batch in batches:
+            for place, count in enumerate((batch.trained_tokens, batch.tokens, batch.attended_pairs)):
+                self._counts[place] += count
+            yield batch
+
+    def add_step(self, loss_sum: Tensor, target_weight: float) -> None:
+        """Count one step by this rank's loss sum and the whole step's target weight. Does not read the device."""
+        self._loss_sum += loss_sum
+        self.totals.steps += 1
+        self.totals.target_weight += target_weight
+
+    def flush(self) -> Totals:
+        """Join all ranks' sums into the totals: one all-reduce and one device read. Every rank must call it."""
+        counts = torch.tensor(self._counts, dtype=torch.float64, device=self.world.device)
+        joined = self.world.sum(torch.cat([self._loss_sum.reshape(1), counts])).tolist()
+        self._read_clock()  # after the device read: the queued work has been done
+        self.totals.loss_sum += joined[0]
+        self.totals.trained_tokens += int(joined[1])
+        self.totals.tokens += int(joined[2])
+        self.totals.attended_pairs += int(joined[3])
+        self._loss_sum.zero_()
+        self._counts = [0, 0, 0]
+        return self.totals
+
+    def take(self) -> Totals:
+        """The totals since the last record; begins the next one. Every rank must call it."""
+        totals = self.flush()
+        self.totals = Totals()
+        return totals
+
+    def start_clock(self) -> None:
+        self._clock = time.perf_counter()
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Time inside is not step time; work that the device has yet to finish beforehand is."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        self._read_clock()
+        self._clock = None
+        yield
+        self.start_clock()
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to log the same means; call flush() on every rank first."""
+        return asdict(self.totals)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.totals = Totals(**state)
+
+    def _read_clock(self) -> None:
+        if self._clock is not None:
+            now = time.perf_counter()
+            self.totals.seconds += now - self._clock
+            self._clock = now

@@ -1,0 +1,150 @@
+"""A run between two steps: what moves while it trains, and what it does at its milestones."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sft.batches import TrainLoader
+from sft.checkpoint import save_checkpoint
+from sft.errors import EXIT_FAILED, UserError
+from sft.evaluation import Validation
+from sft.journal import Journal
+from sft.progress import Progress, Totals
+from sft.step import SummedLoss, accumulate_gradients, train_step
+from sft.world import World
+
+
+class Run:
+    """The state of a run on one rank. Unless said otherwise, every rank must call each method at the same step."""
+
+    def __init__(
+        self,
+        *,
+        world: World,
+        model: nn.Module,
+        autocast_dtype: torch.dtype | None,
+        optimizer: torch.optim.Optimizer,
+        loader: TrainLoader,
+        validation: Validation,
+        journal: Journal,
+        training_flops: Callable[[Totals], int],
+        out_dir: Path,
+        keep_checkpoints: int | None,
+        constants: Mapping[str, Any],
+    ):
+        """`constants` go into every checkpoint as they are: what the run was made of."""
+        self.world, self.model, self.optimizer = world, model, optimizer
+        self.loader, self.validation, self.journal = loader, validation, journal
+        self.training_flops = training_flops
+        self.out_dir, self.keep_checkpoints, self.constants = out_dir, keep_checkpoints, constants
+        self.local_loss = SummedLoss(model, autocast_dtype=autocast_dtype)
+        self.loss_module = world.wrap(self.local_loss)
+        self.progress = Progress(world)
+        self.learning_rate = 0.0  # of the last update
+        self.grad_norm = torch.zeros(())  # of the last update, on the device
+        self.iter_num = 0  # completed steps
+        self.rows_seen = 0
+        self.trained_tokens_seen = 0
+        self.val_loss: float | None = None
+        self.best_val_loss: float | None = None
+
+    def warm_up(self) -> None:
+        """One discarded forward and backward: DDP rebuilds its buckets after its first, and compiling is not a step."""
+        step = self.loader.step(self.iter_num, rows_seen=self.rows_seen)
+        first = itertools.islice(step.batches, 1)
+        accumulate_gradients(self.loss_module, first, target_weight=step.target_weight, world=self.world)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def update(self, *, learning_rate: float, grad_clip: float | None) -> None:
+        """One step on the next rows."""
+        step = self.loader.step(self.iter_num, rows_seen=self.rows_seen)
+        result = train_step(
+            self.loss_module,
+            self.optimizer,
+            self.progress.counting(step.batches),
+            target_weight=step.target_weight,
+            learning_rate=learning_rate,
+            grad_clip=grad_clip,
+            world=self.world,
+        )
+        self.progress.add_step(result.loss_sum, step.target_weight)
+        self.learning_rate, self.grad_norm = learning_rate, result.grad_norm
+        self.iter_num += 1
+        self.rows_seen += self.loader.rows_per_step
+
+    def report(self) -> None:
+        """Tell of the steps since the last record; between milestones the only place that waits for the device."""
+        totals = self.progress.take()
+        self.trained_tokens_seen += totals.trained_tokens
+        self.journal.iteration(
+            self.iter_num,
+            totals,
+            learning_rate=self.learning_rate,
+            grad_norm=self.grad_norm.item(),
+            flops=self.training_flops(totals),
+        )
+
+    def evaluate(self) -> bool:
+        """Validation loss now; True if it is the best since training began."""
+        if not self.validation.rows:
+            return False
+        started = time.perf_counter()
+        result = self.validation.evaluate(self.local_loss, self.world)
+        self.val_loss = result.loss
+        is_best = self.iter_num > 0 and (self.best_val_loss is None or result.loss < self.best_val_loss)
+        if is_best:
+            self.best_val_loss = result.loss
+        self.journal.evaluation(self.iter_num, result, is_best=is_best, seconds=time.perf_counter() - started)
+        return is_best
+
+    def save(self, *, is_best: bool) -> None:
+        """Join the sums of all ranks; the main rank writes a checkpoint. UserError on all ranks if it cannot."""
+        self.progress.flush()
+        path = self.world.on_main(lambda: self._write_checkpoint(is_best))
+        self.journal.checkpoint(self.iter_num, path, is_best=is_best)
+
+    def _write_checkpoint(self, is_best: bool) -> Path:
+        content = {
+            **self.constants,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "iter_num": self.iter_num,
+            "rows_seen": self.rows_seen,
+            "trained_tokens_seen": self.trained_tokens_seen,
+            "val_loss": self.val_loss,
+            "best_val_loss": self.best_val_loss,
+            "progress": self.progress.state(),
+        }
+        try:
+            return save_checkpoint(
+                self.out_dir, content, iter_num=self.iter_num, best=is_best, keep=self.keep_checkpoints
+            )
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            raise UserError(f"{self.out_dir}: cannot write a checkpoint ({error})", exit_status=EXIT_FAILED) from error
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from the content of a checkpoint, whose weights the model has already."""
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.iter_num = saved["iter_num"]
+        self.rows_seen = saved["rows_seen"]
+        self.trained_tokens_seen = saved["trained_tokens_seen"]
+        self.val_loss, self.best_val_loss = saved["val_loss"], saved["best_val_loss"]
+        self.progress.load_state(saved["progress"])
+
+    def close(self, status: str) -> None:
+        """The last word in the run log; the ranks need not agree."""
+        self.journal.close(
+            status,
+            iter=self.iter_num,
+            rows_seen=self.rows_seen,
+            trained_tokens_seen=self.trained_tokens_seen,
+            val_loss=self.val_loss,
+            best_val_loss=self.best_val_loss,
+        )

@@ -1,0 +1,49 @@
+"""How fast is a step, and how much of the hardware does it use."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+# Dense bf16 tensor-core peak in FLOP/s, from the vendors' data sheets (without sparsity).
+# The first name that occurs in the device's name counts, so the longer names come first.
+PEAK_BF16_FLOPS = {
+    "B200": 2250e12,
+    "B100": 1750e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The dense bf16 peak of a GPU in FLOP/s; None for CPUs and for GPUs that the table does not hold."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_BF16_FLOPS.items() if known in name), None)
+
+
+def model_flops_utilisation(flops: float, seconds: float, *, world_size: int, peak: float | None) -> float | None:
+    """Model FLOPs over what the devices could have done in that time; None where the peak is unknown."""
+    return None if peak is None or seconds <= 0 else flops / (seconds * world_size * peak)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process in GiB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,88 @@
+"""What a run makes sure of before its first step: data to train on, a folder to write, a checkpoint that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from sft.arrays import PreparedData, open_prepared
+from sft.checkpoint import newest_checkpoint, numbered_checkpoints, read_checkpoint, remove_partial_files
+from sft.errors import UserError, listed
+
+ResumeChoice = Literal["auto", "never", "required"]
+NEEDED_TO_RESUME = ("optimizer", "iter_num", "rows_seen", "config", "data_fingerprint", "progress")
+
+
+def open_training_data(folder: str, *, block_size: int) -> PreparedData:
+    """The prepared data of a folder; UserError where a run with this block_size could not train on all of it."""
+    data = open_prepared(folder)
+    problems = []
+    if len(data.splits["train"]) == 0:
+        problems.append("the train split is empty; prepare more conversations")
+    for name, split in data.splits.items():
+        if len(split) and (longest := int(split.lengths.max())) > block_size:
+            problems.append(
+                f"the longest sample of {name} has {longest} tokens, block_size is {block_size}; raise block_size, or "
+                "prepare again with a smaller --block_size"
+            )
+    if problems:
+        raise listed(f"{folder}: this run cannot use it:", problems)
+    return data
+
+
+def prepare_out_dir(out_dir: Path, *, resume: ResumeChoice) -> Path | None:
+    """Make out_dir, try writing to it, and find the checkpoint to go on from (None = a fresh start)."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        probe = out_dir / ".write_probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"out_dir {out_dir}: cannot be written ({error.strerror}); choose another --out_dir") from error
+    remove_partial_files(out_dir)
+    if resume == "never":
+        if found := numbered_checkpoints(out_dir):
+            raise UserError(
+                f"out_dir {out_dir} already holds checkpoints, the newest is {found[0][1].name}; go on from it with "
+                "--resume=auto, choose another --out_dir, or remove the old run"
+            )
+        return None
+    newest = newest_checkpoint(out_dir, warn=lambda line: print(line, flush=True))
+    if newest is None and resume == "required":
+        raise UserError(f"out_dir {out_dir} holds no checkpoint to resume from; --resume=auto starts afresh")
+    return None if newest is None else newest[0]
+
+
+def read_saved_state(path: Path, data: PreparedData, *, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint to resume from; UserError where its rows could not be continued.
+
+    `fixed` holds the settings that decide the order of the rows, with the values of this run.
+    """
+    saved = read_checkpoint(path)
+    if missing := [key for key in NEEDED_TO_RESUME if key not in saved]:
+        raise UserError(
+            f"{path}: has no {', '.join(missing)}, so it cannot be resumed; start from it with --checkpoint_path={path}"
+        )
+    problems = []
+    if saved["data_fingerprint"] != data.fingerprint:
+        problems.append(f"sft_data_dir: {data.folder} holds other data than the run was started with")
+    for name, value in fixed.items():
+        if saved["config"][name] != value:
+            problems.append(f"{name}: the run was started with {saved['config'][name]}, not with {value}")
+    if problems:
+        raise listed(f"{path}: cannot be resumed, since other rows would come next:", problems)
+    return saved
+
+
+def refuse_other_tokenizer(checkpoint: Path, data: PreparedData) -> None:
+    """Raise UserError where a checkpoint file says that it was trained with another tokenizer than the data's."""
+    if checkpoint.is_dir():
+        return  # a Hugging Face folder says nothing of its ids; the sizes of the vocabularies are compared later
+    theirs = read_checkpoint(checkpoint).get("tokenizer_fingerprint")
+    ours = data.meta["tokenizer_fingerprint"]
+    if theirs is not None and theirs != ours:
+        raise UserError(
+            f"{data.folder}: prepared with another tokenizer ({ours[:12]}) than {checkpoint} was trained with "
+            f"({theirs[:12]}); prepare it again with the tokenizer files beside that checkpoint"
+        )

@@ -1,0 +1,96 @@
+"""One optimizer update on the mean loss over the trained tokens of the whole step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sft.batches import Batch
+from sft.loss import masked_loss_sum
+from sft.world import World
+
+
+class SummedLoss(nn.Module):
+    """A model and its loss as one module, so that DDP and autocast see the whole forward: Batch -> loss sum.
+
+    The model is a module with `hidden_states(ids, positions, documents)` and `head_weight`.
+    """
+
+    def __init__(self, model: Any, *, autocast_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.model = model
+        self.autocast_dtype = autocast_dtype  # None: compute in the dtype of the parameters
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The summed loss of the batch's trained tokens, a scalar in fp32 or wider."""
+        if batch.dropout_seed is not None:
+            torch.manual_seed(batch.dropout_seed)
+        device = batch.input_ids.device.type
+        with torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            hidden = self.model.hidden_states(batch.input_ids, batch.positions, batch.documents)
+            return masked_loss_sum(hidden, self.model.head_weight, batch)
+
+
+class StepResult(NamedTuple):
+    """What an update leaves to report, still on the device: reading it is a synchronisation."""
+
+    loss_sum: Tensor  # float64 scalar: this rank's summed token losses
+    grad_norm: Tensor  # the global norm before clipping
+
+
+def train_step(
+    loss_module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    *,
+    target_weight: float,
+    learning_rate: float,
+    grad_clip: float | None,
+    world: World,
+) -> StepResult:
+    """Update the parameters once with the gradient of (sum of losses of all ranks) / target_weight.
+
+    `loss_module` is a SummedLoss, or one wrapped in DDP; `batches` are this rank's micro-batches, of which every rank
+    has equally many; `target_weight` is the sum of target weights over all ranks and micro-batches of the step.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    loss_sum = accumulate_gradients(loss_module, batches, target_weight=target_weight, world=world)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if grad_clip is None else grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_sum, grad_norm.detach())
+
+
+def accumulate_gradients(
+    loss_module: nn.Module, batches: Iterable[Batch], *, target_weight: float, world: World
+) -> Tensor:
+    """Add the gradient of the step's mean loss to .grad, all-reduced once; returns this rank's loss sum (float64)."""
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    for batch, is_last in _with_last(batches):
+        with contextlib.nullcontext() if is_last else _no_sync(loss_module):
+            loss = loss_module(batch)
+            (loss * (world.size / target_weight)).backward()  # DDP averages over ranks; the sum is what we want
+        loss_sum += loss.detach()
+    return loss_sum
+
+
+def _with_last(batches: Iterable[Batch]) -> Iterable[tuple[Batch, bool]]:
+    """Each batch with whether it is the last one."""
+    pending: Batch | None = None
+    for batch in batches:
+        if pending is not None:
+            yield pending, False
+        pending = batch
+    assert pending is not None, "a step needs at least one batch"
+    yield pending, True
+
+
+def _no_sync(loss_module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Gradients stay local inside: DDP all-reduces with the last micro-batch only."""
+    return getattr(loss_module, "no_sync", contextlib.nullcontext)()

@@ -1,0 +1,132 @@
+"""The processes of a run: who am I, on which device, and how do we act as one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sft.errors import EXIT_FAILED, UserError
+
+DeviceChoice = Literal["auto", "cuda", "cpu"]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of a run as seen by one of them. A single process is a world of size 1 with no process group."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, line: str) -> None:
+        """Print on the main rank only."""
+        if self.is_main:
+            print(line, flush=True)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The elementwise sum of a tensor over all ranks; every rank must call it, with the same shape."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with its gradients averaged over all ranks; the module itself in a world of one."""
+        if self.size == 1:
+            return module
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    def together(self, act: Callable[[], Result]) -> Result:
+        """Run act() on every rank; if it raises UserError on any, all ranks end, and the main rank says why.
+
+        Without this a rank that fails alone leaves the others waiting in the next collective.
+        """
+        result: Result | None = None
+        problem: tuple[str, int] | None = None
+        try:
+            result = act()
+        except UserError as error:
+            problem = (str(error), error.exit_status)
+        problems = [p for p in self._gather(problem) if p is not None]
+        if problems:
+            self.stop("\n".join(dict.fromkeys(message for message, _ in problems)), exit_status=problems[0][1])
+        return result  # type: ignore[return-value]  # act() returned on every rank
+
+    def on_main(self, act: Callable[[], Result]) -> Result:
+        """The result of act(), run by the main rank alone and sent to all; a UserError ends all ranks."""
+        result = self.together(lambda: act() if self.is_main else None)
+        shared = self._gather(result)[0]
+        return shared  # type: ignore[return-value]  # the main rank's, and there act() returned
+
+    def agree(self, what: str, value: str) -> None:
+        """End all ranks unless `value` is the same on each; `what` names it in the message."""
+        values = self._gather(value)
+        if len(set(values)) > 1:
+            odd = [rank for rank, other in enumerate(values) if other != values[0]]
+            self.stop(
+                f"{what} differ between ranks: rank(s) {', '.join(map(str, odd))} have others than rank 0; "
+                "start every rank with the same command and the same files"
+            )
+
+    def stop(self, message: str, *, exit_status: int = EXIT_FAILED) -> None:
+        """Leave on every rank with the same exit status; only the main rank speaks."""
+        if self.is_main:
+            raise UserError(message, exit_status=exit_status)
+        sys.exit(exit_status)
+
+    def _gather(self, value: Result) -> Sequence[Result]:
+        if self.size == 1:
+            return [value]
+        values: list[Result] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def join_world(choice: DeviceChoice = "auto", *, timeout_minutes: float = 30.0) -> Iterator[World]:
+    """The world that torchrun describes in the environment, or a world of one; left in order at the end.
+
+    NCCL on GPUs, one per local rank; gloo on CPUs. Raises UserError where CUDA is asked for and not to be had.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no CUDA GPU; use device=auto or device=cpu")
+    if choice != "cpu" and torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
+                "lower --nproc_per_node or set CUDA_VISIBLE_DEVICES"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield World(rank=rank, size=size, device=device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()

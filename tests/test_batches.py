@@ -1,0 +1,49 @@
+import numpy as np
+import torch
+
+from sft.batches import MASKED, Document, dropout_seed, make_batch
+from tests.tiny import random_documents
+
+
+def batch_of(*documents, block_size=12, **options):
+    return make_batch([list(documents)], block_size=block_size, pad_id=9, **options)
+
+
+def test_the_target_of_a_position_is_the_label_of_the_next_token_of_its_document():
+    first = Document(np.array([1, 2, 3]), np.array([1, MASKED, 3]))
+    second = Document(np.array([4, 5]), np.array([4, 5]))
+    batch = batch_of(first, second)
+    # the first token of a document is never a target: label 1 and label 4 are not predicted by anything
+    assert batch.trained.tolist() == [1, 3]
+    assert batch.targets.tolist() == [3, 5]
+    assert batch.weights is None
+
+
+def test_positions_restart_and_the_padding_is_a_document_of_its_own():
+    batch = batch_of(*random_documents([3, 1, 4]))
+    assert batch.positions[0].tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 0, 1, 2, 3]
+    assert batch.documents.ids[0].tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+    assert batch.input_ids[0, 8:].tolist() == [9] * 4
+    assert batch.tokens == 8
+    assert batch.attended_pairs == 6 + 1 + 10
+
+
+def test_weights_travel_with_their_targets():
+    weighted = Document(np.array([1, 2, 3]), np.array([MASKED, 2, 3]), np.array([0.0, 0.5, 2.0], dtype=np.float32))
+    plain = Document(np.array([4, 5]), np.array([MASKED, 5]))
+    batch = batch_of(weighted, plain)
+    assert batch.weights is not None
+    assert batch.weights.tolist() == [0.5, 2.0, 1.0]
+    assert batch.targets.tolist() == [2, 3, 5]
+
+
+def test_an_all_masked_batch_has_no_trained_positions():
+    batch = batch_of(*random_documents([5, 7], trained_share=0.0))
+    assert batch.trained_tokens == 0
+    assert batch.trained.dtype == batch.targets.dtype == torch.int64
+
+
+def test_dropout_seeds_differ_between_seeds_steps_and_micro_batches():
+    seeds = {dropout_seed(seed, step, micro) for seed in range(3) for step in range(5) for micro in range(4)}
+    assert len(seeds) == 60
+    assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,124 @@
+import os
+import pickle
+
+import pytest
+import torch
+
+from sft.checkpoint import (
+    newest_checkpoint,
+    numbered_checkpoints,
+    read_checkpoint,
+    remove_partial_files,
+    save_checkpoint,
+)
+from sft.errors import UserError
+
+
+def save(folder, iter_num, *, best=False, keep=None):
+    return save_checkpoint(
+        folder, {"iter_num": iter_num, "w": torch.arange(5.0)}, iter_num=iter_num, best=best, keep=keep
+    )
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_saved_is_read_back_under_all_its_names(tmp_path):
+    path = save(tmp_path, 200, best=True)
+    assert path.name == "ckpt_000200.pt"
+    for name in ("ckpt_000200.pt", "ckpt.pt", "ckpt_best.pt"):
+        content = read_checkpoint(tmp_path / name)
+        assert content["iter_num"] == 200
+        assert torch.equal(content["w"], torch.arange(5.0))
+
+
+def test_the_newest_are_kept_and_the_best_outlives_its_number(tmp_path):
+    save(tmp_path, 1, best=True, keep=2)
+    for iter_num in (2, 3, 4):
+        save(tmp_path, iter_num, keep=2)
+    assert names(tmp_path) == ["ckpt.pt", "ckpt_000003.pt", "ckpt_000004.pt", "ckpt_best.pt"]
+    assert read_checkpoint(tmp_path / "ckpt_best.pt")["iter_num"] == 1
+    assert read_checkpoint(tmp_path / "ckpt.pt")["iter_num"] == 4
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path):
+    save(tmp_path, 7, best=True)
+    save(tmp_path, 7, best=True)
+    assert names(tmp_path) == ["ckpt.pt", "ckpt_000007.pt", "ckpt_best.pt"]
+
+
+def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    save(tmp_path, 3, best=True)
+    assert read_checkpoint(tmp_path / "ckpt.pt")["iter_num"] == 3
+    assert not (tmp_path / "ckpt.pt").samefile(tmp_path / "ckpt_000003.pt")
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoints_and_nothing_else(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full_disk(content, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2)
+    assert names(tmp_path) == ["ckpt.pt", "ckpt_000001.pt"]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path):
+    save(tmp_path, 1)
+    whole = save(tmp_path, 2).read_bytes()
+    (tmp_path / "ckpt_000003.pt").write_bytes(whole[: len(whole) // 2])
+    warnings = []
+    found = newest_checkpoint(tmp_path, warn=warnings.append)
+    assert found is not None
+    assert found[0].name == "ckpt_000002.pt"
+    assert len(warnings) == 1
+    assert "ckpt_000003.pt: damaged or cut short" in warnings[0]
+
+
+def test_a_folder_with_nothing_but_damage_is_refused_and_an_empty_one_is_not(tmp_path):
+    assert newest_checkpoint(tmp_path, warn=print) is None
+    (tmp_path / "ckpt_000001.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="none of its 1 checkpoints can be read"):
+        newest_checkpoint(tmp_path, warn=lambda _: None)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, monkeypatch, legacy):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "ckpt_000001.pt"
+    if legacy:
+        path.write_bytes(pickle.dumps({"model": Malicious()}))
+    else:
+        torch.save({"model": Malicious()}, path)
+    with pytest.raises(UserError, match=r"ckpt_000001\.pt: refused"):
+        read_checkpoint(path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_missing_file_and_a_bare_tensor_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such checkpoint"):
+        read_checkpoint(tmp_path / "ckpt.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(UserError, match="holds a Tensor"):
+        read_checkpoint(tmp_path / "tensor.pt")
+
+
+def test_partial_files_of_a_killed_save_are_removed(tmp_path):
+    save(tmp_path, 5)
+    (tmp_path / "ckpt_000006.pt.partial").write_bytes(b"half")
+    assert [n for n, _ in numbered_checkpoints(tmp_path)] == [5]
+    remove_partial_files(tmp_path)
+    assert names(tmp_path) == ["ckpt.pt", "ckpt_000005.pt"]

@@ -1,0 +1,117 @@
+"""Several real processes: gradients, sums and errors that do not depend on how many they are."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sft.errors import UserError
+from sft.world import World, join_world
+from tests.conftest import ROOT
+from tests.gradient_worker import LAYOUTS, gradients
+from tests.tiny import CPU_WORLD
+
+
+def torchrun(processes, *arguments, check=True):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], check=False, capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return {
+        dtype: gradients(CPU_WORLD, dtype, accumulation=1, layout="alone") for dtype in (torch.float64, torch.float32)
+    }
+
+
+def assert_same_gradients(got, expected, dtype):
+    bound = 1e-12 if dtype is torch.float64 else 1e-6
+    for name, gradient in expected.items():
+        distance = (got[name] - gradient).norm() / gradient.norm()
+        assert distance <= bound, (name, distance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "accumulation", "layout"), list(itertools.product([torch.float64, torch.float32], [1, 2, 4], LAYOUTS))
+)
+def test_one_process_gives_the_same_gradient_for_any_accumulation_and_packing(reference, dtype, accumulation, layout):
+    assert_same_gradients(
+        gradients(CPU_WORLD, dtype, accumulation=accumulation, layout=layout), reference[dtype], dtype
+    )
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_give_the_gradient_of_one(reference, tmp_path, processes):
+    torchrun(processes, ROOT / "tests" / "gradient_worker.py", tmp_path / "gradients.pt")
+    results = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert len(results) == 2 * 3 * len(LAYOUTS)
+    for key, got in results.items():
+        dtype = torch.float64 if key.startswith("float64") else torch.float32
+        assert_same_gradients(got, reference[dtype], dtype)
+
+
+def test_an_error_on_one_rank_ends_all_ranks_with_one_message(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "from sft.errors import UserError, run_program\n"
+        "from sft.world import join_world\n"
+        "def main(argv):\n"
+        "    with join_world('cpu') as world:\n"
+        "        def act():\n"
+        "            if world.rank == 1:\n"
+        "                raise UserError('disk of rank 1 is full; empty it')\n"
+        "        world.together(act)\n"
+        "run_program(main)\n"
+    )
+    done = torchrun(2, worker, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("error: disk of rank 1 is full; empty it") == 1
+    assert "exitcode  : 2" in done.stderr.replace("\t", " ")
+
+
+def test_ranks_with_other_settings_are_refused_by_number(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "from sft.errors import run_program\n"
+        "from sft.world import join_world\n"
+        "def main(argv):\n"
+        "    with join_world('cpu') as world:\n"
+        "        world.agree('settings', 'same')\n"
+        "        assert world.on_main(lambda: world.rank) == 0\n"
+        "        world.agree('settings', f'{world.rank == 1}')\n"
+        "run_program(main)\n"
+    )
+    done = torchrun(3, worker, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("error: settings differ between ranks: rank(s) 1") == 1
+
+
+def test_a_world_of_one_needs_no_process_group():
+    with join_world("cpu") as world:
+        assert (world.rank, world.size, world.is_main) == (0, 1, True)
+        assert world.sum(torch.tensor([1.5])).tolist() == [1.5]
+        assert world.on_main(lambda: json.loads("[1]")) == [1]
+        world.agree("settings", "any")
+        module = torch.nn.Linear(2, 2)
+        assert world.wrap(module) is module
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA GPU"), join_world("cuda"):
+        pass
+
+
+def test_only_the_main_rank_prints(capsys):
+    World(rank=1, size=2, device=torch.device("cpu")).print("hidden")
+    CPU_WORLD.print("shown")
+    assert capsys.readouterr().out == "shown\n"

@@ -1,0 +1,366 @@
+"""Fine-tune a model on prepared conversations: one process or many, one program.
+
+python train_sft.py configs/sft_demo.py --max_iters=20
+torchrun --standalone --nproc_per_node=8 train_sft.py configs/sft_qwen3_1.8b.py
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from model_builder import ConfigurableGPT, load_pretrained
+from model_config import PRESETS, ModelArchitectureConfig, forward_flops, parameter_count
+from sft import elsewhere
+from sft.arrays import PreparedData
+from sft.batches import TrainLoader
+from sft.config import Resolved, fingerprint, load_settings, to_dict
+from sft.errors import UserError, run_program
+from sft.evaluation import Validation
+from sft.journal import Journal
+from sft.optim import Schedule, learning_rate_at, make_optimizer
+from sft.packing import RowStream
+from sft.progress import Totals
+from sft.run import Run
+from sft.run_log import RunLog
+from sft.startup import ResumeChoice, open_training_data, prepare_out_dir, read_saved_state, refuse_other_tokenizer
+from sft.tokenizer import load_tokenizer
+from sft.world import DeviceChoice, World, join_world
+
+ABOVE_ZERO = (
+    "block_size", "batch_size", "gradient_accumulation_steps", "rows_per_step", "max_iters", "max_epochs",
+    "learning_rate", "lr_decay_iters", "grad_clip", "eval_interval", "eval_rows", "log_interval", "save_interval",
+    "keep_checkpoints",
+)  # fmt: skip
+NOT_NEGATIVE = ("seed", "min_lr", "warmup_iters", "weight_decay", "log_save_seconds")
+SHARES = ("dropout", "beta1", "beta2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Every knob of training. Rows are packed rows of block_size tokens; a step is one optimizer update."""
+
+    sft_data_dir: str  # a folder that prepare_sft.py wrote
+    out_dir: str  # where checkpoints and run_*.json go
+    checkpoint_path: str | None = None  # the model to start from: a ckpt_*.pt file or a Hugging Face folder
+    model: str | dict[str, Any] | None = None  # or from scratch: a preset's name or a dict of architecture fields
+    run_name: str | None = None  # a name for the run log; None = the name of out_dir
+    seed: int = 1337  # decides the order of the rows, dropout, and a new model's weights
+
+    block_size: int = 2048  # tokens in a row
+    batch_size: int = 4  # rows per micro-step and GPU
+    gradient_accumulation_steps: int | None = (
+        None  # micro-steps per step and GPU; None = 1, or what rows_per_step needs
+    )
+    rows_per_step: int | None = None  # rows per step over all GPUs, instead of gradient_accumulation_steps
+
+    max_iters: int | None = None  # length of the run in steps
+    max_epochs: float | None = None  # or in passes over the packed rows: one of the two
+    learning_rate: float = 2e-5  # peak learning rate, reached after warm-up
+    min_lr: float = 2e-6  # learning rate at the end of the decay
+    lr_schedule: Schedule = "cosine"  # shape of the decay: cosine, linear or constant
+    warmup_iters: int = 100  # steps of linear warm-up
+    lr_decay_iters: int | None = None  # step at which min_lr is reached; None = the length of the run
+
+    weight_decay: float = 0.01  # on matrices and embeddings, not on norms and biases
+    beta1: float = 0.9  # AdamW's decay of the mean gradient
+    beta2: float = 0.95  # AdamW's decay of the mean squared gradient
+    grad_clip: float | None = 1.0  # largest global gradient norm; None = no clipping
+    dropout: float = 0.0  # on embeddings, attention probabilities and residual branches
+
+    eval_interval: int | None = 200  # steps between evaluations; None = never
+    eval_rows: int | None = None  # validation rows to use; None = all
+    log_interval: int = 10  # steps between log records
+    log_save_seconds: float = 30.0  # at most this much of the run log is lost in a crash
+    save_interval: int | None = 200  # steps between checkpoints; None = only at the end and at the best evaluation
+    keep_checkpoints: int | None = 2  # numbered checkpoints to keep (the best one always stays); None = all
+    resume: ResumeChoice = "never"  # auto = go on from out_dir's newest checkpoint, if any
+
+    device: DeviceChoice = "auto"  # auto = CUDA where there is a GPU
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = (
+        "auto"  # compute type; auto = bfloat16 on CUDA, else float32
+    )
+    compile: bool | None = None  # torch.compile the blocks; None = on CUDA
+    activation_checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, more time
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """(setting, what is wrong with it) for every value that cannot be used."""
+        if (self.checkpoint_path is None) == (self.model is None):
+            yield "checkpoint_path", "set checkpoint_path or model: one of the two"
+        if self.checkpoint_path is not None and not Path(self.checkpoint_path).exists():
+            yield "checkpoint_path", f"{self.checkpoint_path!r} does not exist"
+        if isinstance(self.model, str) and self.model not in PRESETS:
+            yield "model", f"no preset is called {self.model!r}; there are {', '.join(PRESETS)}"
+        if not Path(self.sft_data_dir).is_dir():
+            yield "sft_data_dir", f"{self.sft_data_dir!r} does not exist; write it with prepare_sft.py"
+        if (self.max_iters is None) == (self.max_epochs is None):
+            yield "max_iters", "set max_iters or max_epochs: one of the two"
+        if self.rows_per_step is not None and self.gradient_accumulation_steps is not None:
+            yield "rows_per_step", "rows_per_step already decides gradient_accumulation_steps; set one of the two"
+        yield from out_of_range(self, ABOVE_ZERO, "above 0", lambda value: value > 0)
+        yield from out_of_range(self, NOT_NEGATIVE, "0 or more", lambda value: value >= 0)
+        yield from out_of_range(self, SHARES, "at least 0 and below 1", lambda value: 0 <= value < 1)
+        if self.min_lr > self.learning_rate:
+            yield "min_lr", f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}"
+        if self.lr_decay_iters is not None and self.lr_decay_iters < self.warmup_iters:
+            yield "lr_decay_iters", f"lr_decay_iters {self.lr_decay_iters} ends before warmup_iters {self.warmup_iters}"
+
+    def micro_steps(self, world_size: int) -> int:
+        """Micro-steps per step and rank. Raises UserError where rows_per_step does not divide evenly."""
+        if self.rows_per_step is None:
+            return self.gradient_accumulation_steps or 1
+        share, left = divmod(self.rows_per_step, self.batch_size * world_size)
+        if left:
+            raise UserError(
+                f"rows_per_step={self.rows_per_step} is no multiple of {self.batch_size} rows x {world_size} ranks; "
+                "change rows_per_step or batch_size"
+            )
+        return share
+
+    def steps(self, *, rows_per_epoch: int, rows_per_step: int) -> int:
+        """The length of the run in steps; max_epochs is rounded up, so that the last row is seen."""
+        if self.max_iters is not None:
+            return self.max_iters
+        assert self.max_epochs is not None
+        return math.ceil(self.max_epochs * rows_per_epoch / rows_per_step)
+
+    def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
+        """bfloat16 where the blocks compute in it, beside fp32 weights; None = in the dtype of the weights."""
+        chosen = "bfloat16" if self.dtype == "auto" and device.type == "cuda" else self.dtype
+        return torch.bfloat16 if chosen == "bfloat16" else None
+
+    def compiles(self, device: torch.device) -> bool:
+        return device.type == "cuda" if self.compile is None else self.compile
+
+
+def out_of_range(
+    settings: TrainSettings, names: Sequence[str], range_in_words: str, holds: Callable[[float], bool]
+) -> Iterator[tuple[str, str]]:
+    """(setting, message) for each named number that is set and not in range; NaN is in no range."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not holds(value):
+            yield name, f"{name} must be {range_in_words}, not {value}"
+
+
+def main(argv: list[str]) -> None:
+    resolved = load_settings(TrainSettings, argv, elsewhere=elsewhere.TRAIN)
+    with join_world(resolved.settings.device) as world:
+        world.agree("settings", fingerprint(resolved.settings))
+        train(resolved, world)
+
+
+def train(resolved: Resolved[TrainSettings], world: World) -> None:
+    """The whole run on one rank: data, model, optimizer, resume, loop, close."""
+    settings = resolved.settings
+    data = world.together(lambda: open_training_data(settings.sft_data_dir, block_size=settings.block_size))
+    resume_path = world.on_main(lambda: prepare_out_dir(Path(settings.out_dir), resume=settings.resume))
+    model = world.together(lambda: build_model(settings, data, resume_path, world)).to(world.device)
+    loader = world.together(lambda: build_loader(settings, data, world))
+    steps = settings.steps(rows_per_epoch=loader.stream.rows_per_epoch, rows_per_step=loader.rows_per_step)
+    run = build_run(resolved, world, data, model, loader, steps=steps)
+    if resume_path is not None:
+        fixed = {"seed": settings.seed, "block_size": settings.block_size}
+        run.restore(world.together(lambda: read_saved_state(resume_path, data, fixed=fixed)))
+    announce(settings, run, model, data, resume_path, steps=steps)
+    try:
+        loop(settings, run, steps=steps)
+    except BaseException as error:
+        run.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}: {error}")
+        raise
+    run.close("finished")
+
+
+def loop(settings: TrainSettings, run: Run, *, steps: int) -> None:
+    """From the current step to the last: update, report, evaluate, save."""
+
+    def due(interval: int | None) -> bool:
+        return interval is not None and (run.iter_num % interval == 0 or run.iter_num == steps)
+
+    run.loss_module.train()
+    if run.iter_num == 0 and settings.eval_interval is not None:
+        run.evaluate()
+    if run.world.size > 1 or settings.compiles(run.world.device):
+        run.warm_up()
+    run.progress.start_clock()
+    while run.iter_num < steps:
+        learning_rate = learning_rate_at(
+            run.iter_num,
+            schedule=settings.lr_schedule,
+            peak=settings.learning_rate,
+            floor=settings.min_lr,
+            warmup=settings.warmup_iters,
+            total=settings.lr_decay_iters or steps,
+        )
+        run.update(learning_rate=learning_rate, grad_clip=settings.grad_clip)
+        if due(settings.log_interval):
+            run.report()
+        evaluates, saves = due(settings.eval_interval), due(settings.save_interval) or run.iter_num == steps
+        if evaluates or saves:
+            with run.progress.clock_stopped():
+                is_best = evaluates and run.evaluate()
+                if is_best or saves:
+                    run.save(is_best=is_best)
+
+
+def build_model(settings: TrainSettings, data: PreparedData, resume_path: Path | None, world: World) -> ConfigurableGPT:
+    """The model on the CPU: from the run's own checkpoint, from checkpoint_path, or new; grown to the data's ids."""
+    source = resume_path or settings.checkpoint_path
+    dtype = torch.float64 if settings.dtype == "float64" else torch.float32
+    if source is not None:
+        refuse_other_tokenizer(Path(source), data)
+        model = load_pretrained(source, dtype=dtype)
+    else:
+        torch.manual_seed(settings.seed)
+        model = ConfigurableGPT(new_architecture(settings, data)).to(dtype)
+    limit = model.config.block_size
+    if model.config.position_encoding == "learned_absolute" and settings.block_size > limit:
+        raise UserError(f"block_size {settings.block_size} is beyond the {limit} positions that the model has learned")
+    if model.vocab_size < data.meta["vocab_size"]:
+        model.grow_vocabulary(data.meta["vocab_size"], say=world.print)
+    model.set_dropout(settings.dropout)
+    model.activation_checkpointing = settings.activation_checkpointing
+    if settings.compiles(world.device):
+        model.compile_blocks()
+    return model
+
+
+def new_architecture(settings: TrainSettings, data: PreparedData) -> ModelArchitectureConfig:
+    """The shape of a model from scratch; vocab_size and block_size come from the data and the settings if left out."""
+    if isinstance(settings.model, str):
+        return PRESETS[settings.model]
+    fitting = {"vocab_size": data.meta["vocab_size"], "block_size": settings.block_size}
+    return ModelArchitectureConfig.from_dict({**fitting, **(settings.model or {})})
+
+
+def build_loader(settings: TrainSettings, data: PreparedData, world: World) -> TrainLoader:
+    samples = data.splits["train"]
+    return TrainLoader(
+        samples,
+        RowStream(samples.lengths, block_size=settings.block_size, seed=settings.seed),
+        batch_size=settings.batch_size,
+        rows_per_step=settings.batch_size * settings.micro_steps(world.size) * world.size,
+        rank=world.rank,
+        world_size=world.size,
+        pad_id=data.meta["pad_id"],
+        seed=settings.seed,
+        device=world.device,
+    )
+
+
+def build_run(
+    resolved: Resolved[TrainSettings],
+    world: World,
+    data: PreparedData,
+    model: ConfigurableGPT,
+    loader: TrainLoader,
+    *,
+    steps: int,
+) -> Run:
+    settings = resolved.settings
+    out_dir = Path(settings.out_dir)
+    config = to_dict(settings)
+    log = None
+    if world.is_main:
+        log = RunLog(
+            out_dir,
+            run_name=settings.run_name or out_dir.name,
+            config=config,
+            origin=resolved.origins,
+            save_seconds=settings.log_save_seconds,
+        )
+
+    def training_flops(totals: Totals) -> int:
+        """The backward pass has two matrix products for each of the forward's."""
+        pairs, trained = totals.attended_pairs, totals.trained_tokens
+        return 3 * forward_flops(model.config, tokens=totals.tokens, attended_pairs=pairs, trained_tokens=trained)
+
+    return Run(
+        world=world,
+        model=model,
+        autocast_dtype=settings.autocast_dtype(world.device),
+        optimizer=make_optimizer(
+            model,
+            learning_rate=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+        ),
+        loader=loader,
+        validation=Validation(
+            data.splits["val"],
+            block_size=settings.block_size,
+            batch_size=settings.batch_size,
+            pad_id=loader.pad_id,
+            seed=settings.seed,
+            limit=settings.eval_rows,
+        ),
+        journal=Journal(world, log, steps=steps),
+        training_flops=training_flops,
+        out_dir=out_dir,
+        keep_checkpoints=settings.keep_checkpoints,
+        constants={
+            "model_args": model.config.to_dict(),
+            "config": config,
+            "config_origins": resolved.origins,
+            "data_fingerprint": data.fingerprint,
+            "tokenizer_fingerprint": data.meta["tokenizer_fingerprint"],
+        },
+    )
+
+
+def announce(
+    settings: TrainSettings,
+    run: Run,
+    model: ConfigurableGPT,
+    data: PreparedData,
+    resume_path: Path | None,
+    *,
+    steps: int,
+) -> None:
+    """Say what is about to happen; copy the tokenizer to where the checkpoints will be."""
+    world, stream, rows = run.world, run.loader.stream, run.loader.rows_per_step
+    on_gpu = world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if on_gpu else "CPU"
+    compute = str(run.local_loss.autocast_dtype or model.head_weight.dtype).removeprefix("torch.")
+    source = resume_path or settings.checkpoint_path or "new, random weights"
+    parameters = parameter_count(model.config)
+    fill = float(stream.lengths.sum() / (stream.rows_per_epoch * settings.block_size))
+    micro_steps = settings.micro_steps(world.size)
+    sentences = {
+        "model": f"{parameters:,} parameters, {source}",
+        "data": f"{len(stream.lengths):,} samples in {stream.rows_per_epoch:,} rows of {settings.block_size} tokens "
+        f"({fill:.1%} filled), {len(run.validation.rows):,} validation rows",
+        "step": f"{settings.batch_size} rows x {micro_steps} micro-steps x {world.size} "
+        f"{'GPUs' if on_gpu else 'processes'} = {rows} rows = {rows * settings.block_size:,} tokens a step",
+        "run": f"{steps} steps = {steps * rows / stream.rows_per_epoch:.2f} epochs from step {run.iter_num}, "
+        f"{settings.lr_schedule} learning rate after {settings.warmup_iters} steps of warm-up",
+        "compute": f"{compute} on {device}{', compiled blocks' if settings.compiles(world.device) else ''}",
+        "loss": "masked cross-entropy of the trained tokens alone, in PyTorch (the definition)",
+    }
+    run.journal.startup(
+        sentences,
+        parameters=parameters,
+        model_args=run.constants["model_args"],
+        steps=steps,
+        rows_per_step=rows,
+        rows_per_epoch=stream.rows_per_epoch,
+        row_fill=fill,
+        world_size=world.size,
+        device=device,
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )
+    if resume_path is not None:
+        run.journal.event("resumed", iter=run.iter_num, path=str(resume_path))
+    if world.is_main:
+        load_tokenizer(data.folder).copy_to(settings.out_dir)
+
+
+if __name__ == "__main__":
+    run_program(main)
