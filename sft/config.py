@@ -57,15 +57,36 @@ def load_settings(
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, usage or f"python {sys.argv[0]} [config.py | run_*.json ...] [--name=value ...]"))
         raise SystemExit(0)
+    given, unread = read_sources(argv, typing.get_type_hints(cls))
+    values, origins, problems, doubtful = assign(cls, given, elsewhere or {})
+    if unread:
+        doubtful.update(name for name, origin in origins.items() if origin == "default")
+    required = [field.name for field in dataclasses.fields(cls) if default_of(field) is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
+    comments = field_comments(cls)
+    problems += [f"missing setting '{name}': {comments[name]}" for name in missing if name not in doubtful]
+    settings = partial_settings(cls, values) if missing else cls(**values)
+    problems += contradictions(settings, origins, doubtful, missing)
+    if unread or problems:
+        raise listed("the settings cannot be used:", [*unread, *problems])
+    return Resolved(settings, origins)
+
+
+def assign(
+    cls: type[S], given: Sequence[Given], elsewhere: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str], list[str], set[str]]:
+    """The values in their types, the origin of every setting, the problems, and the settings that they make doubtful.
+
+    Doubtful is a setting whose intended value is unknown; nothing is to be said of what may follow from it.
+    """
     hints = typing.get_type_hints(cls)
-    given, problems = read_sources(argv, hints)
-    some_source_unread = bool(problems)
     values: dict[str, Any] = {}
     origins = {field.name: "default" for field in dataclasses.fields(cls)}
-    doubtful: set[str] = set()  # settings whose intended value is unknown: nothing is said of what follows from it
+    problems: list[str] = []
+    doubtful: set[str] = set()
     for item in given:
         if item.name not in origins:
-            sentence, meant = unknown_setting(item, origins, elsewhere or {})
+            sentence, meant = unknown_setting(item, origins, elsewhere)
             problems.append(f"{item.origin}: {sentence}")
             doubtful.update(meant)
             continue
@@ -75,18 +96,7 @@ def load_settings(
         except ValueError as error:
             problems.append(f"{item.origin}: {error}")
             doubtful.add(item.name)
-    if some_source_unread:
-        doubtful.update(name for name, origin in origins.items() if origin == "default")
-
-    comments = field_comments(cls)
-    required = [field.name for field in dataclasses.fields(cls) if default_of(field) is dataclasses.MISSING]
-    missing = [name for name in required if name not in values]
-    problems += [f"missing setting '{name}': {comments[name]}" for name in missing if name not in doubtful]
-    settings = partial_settings(cls, values) if missing else cls(**values)
-    problems += contradictions(settings, origins, doubtful, missing)
-    if problems:
-        raise listed("the settings cannot be used:", problems)
-    return Resolved(settings, origins)
+    return values, origins, problems, doubtful
 
 
 def value_of(item: Given, hint: Any) -> Any:
