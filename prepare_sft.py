@@ -1,0 +1,280 @@
+"""Raw conversations -> token and label arrays that train_sft.py reads, with a ledger of what became of them.
+
+python prepare_sft.py --input=conversations.jsonl --tokenizer=tokenizer.json --out_dir=data/mine
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from sft.arrays import SPLITS, PreparedWriter, sha256_of
+from sft.chatml import NOT_TRAINED, Sample, cut, render_batch
+from sft.config import Resolved, load_settings, to_dict
+from sft.errors import EXIT_FAILED, UserError, listed, run_program
+from sft.records import Conversation, Message, Problems, read_conversations
+from sft.tokenizer import Tokenizer, load_tokenizer
+
+# Conversations are rendered so many at a time, or fewer where they are long: what memory use is bounded by.
+BATCH_CONVERSATIONS = 1_000
+BATCH_CHARACTERS = 4_000_000
+
+DROPPED = {"too_long": "too long", "no_trained_tokens": "no trained token"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    input: str  # JSON lines or a JSON array of conversations; several files are separated by commas
+    tokenizer: str  # tokenizer.json, *.tiktoken, or a folder that holds one
+    out_dir: str  # folder for the arrays and meta.json; what was prepared there before is replaced
+    block_size: int = 2048  # tokens of the longest sample that is kept
+    val_fraction: float = 0.05  # share of the conversations for validation, chosen by their content; 0 = none
+    template: Literal["chatml"] = "chatml"  # how a conversation becomes text
+    too_long: Literal["drop", "cut", "error"] = "drop"  # longer than block_size; cut removes whole turns from the end
+    seed: int = 1337  # of the choice of validation conversations
+    system_prompt: str | None = None  # put in front of conversations that have no system turn
+    max_samples: int | None = None  # stop once so many are kept; None = read everything
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        if not 0 <= self.val_fraction < 1:
+            yield "val_fraction", f"val_fraction must be at least 0 and below 1, not {self.val_fraction}"
+        if self.block_size < 2:
+            yield "block_size", f"block_size must be at least 2, not {self.block_size}"
+        if self.max_samples is not None and self.max_samples < 1:
+            yield "max_samples", f"max_samples must be at least 1 or None, not {self.max_samples}"
+
+
+ELSEWHERE = {
+    "max_length": "the longest sample is block_size",
+    "max_seq_length": "the longest sample is block_size",
+    "cutoff_len": "the longest sample is block_size",
+    "data_format": "the format is recognised record by record",
+    "val_size": "the share for validation is val_fraction",
+    "test_size": "the share for validation is val_fraction",
+    "packing": "samples are packed when training, not here",
+    "output_dir": "the folder to write is out_dir",
+}
+
+
+class Ledger:
+    """What became of every conversation and of every rendered token: kept, cut and dropped add up to all of them."""
+
+    def __init__(self) -> None:
+        names = ("read", "kept", *DROPPED, "shortened", "spell_control")  # the last two are properties, not fates
+        self.conversations = Counter(dict.fromkeys(names, 0))
+        self.tokens = Counter(dict.fromkeys(("rendered", "kept", "cut", *DROPPED), 0))
+        self.splits = {split: Counter(dict.fromkeys(("samples", "tokens", "trained_tokens"), 0)) for split in SPLITS}
+
+    def enter(self, sample: Sample, *, spells_control: bool) -> None:
+        self.conversations.update(read=1, spell_control=spells_control)
+        self.tokens["rendered"] += len(sample.input_ids)
+
+    def drop(self, sample: Sample, reason: str) -> None:
+        self.conversations[reason] += 1
+        self.tokens[reason] += len(sample.input_ids)
+
+    def keep(self, fitted: Sample, split: str, *, removed: int) -> None:
+        """Count what is kept of a sample, and how many of its tokens were removed."""
+        self.conversations.update(kept=1, shortened=removed > 0)
+        self.tokens.update(kept=len(fitted.input_ids), cut=removed)
+        trained = len(fitted.labels) - fitted.labels.count(NOT_TRAINED)
+        self.splits[split].update(samples=1, tokens=len(fitted.input_ids), trained_tokens=trained)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "conversations": dict(self.conversations),
+            "tokens": dict(self.tokens),
+            "splits": {split: dict(counts) for split, counts in self.splits.items()},
+        }
+
+
+def main(argv: list[str]) -> None:
+    started = time.perf_counter()
+    resolved = load_settings(PrepareSettings, argv, elsewhere=ELSEWHERE)
+    settings = resolved.settings
+    paths = readable_files(settings.input)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    refuse_other_tokenizer_files(Path(settings.out_dir), tokenizer)
+    try:
+        with PreparedWriter(settings.out_dir) as writer:
+            preparation = Preparation(paths, tokenizer, settings, writer)
+            preparation.run()
+            tokenizer.copy_to(settings.out_dir)
+            meta = writer.finish(facts(resolved, preparation))
+    except OSError as error:
+        where = error.filename or settings.out_dir
+        raise UserError(f"{where}: {error.strerror or error}; nothing was prepared", exit_status=EXIT_FAILED) from error
+    print(summary(settings.out_dir, meta, seconds=time.perf_counter() - started))
+
+
+def readable_files(names: str) -> list[Path]:
+    """The files of --input; UserError lists those that cannot be read."""
+    paths = [Path(name.strip()) for name in names.split(",") if name.strip()]
+    problems = []
+    for path in paths:
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            problems.append(f"{path}: {(error.strerror or str(error)).lower()}")
+    if problems or not paths:
+        raise listed("--input cannot be read:", problems or ["it names no file"])
+    return paths
+
+
+def refuse_other_tokenizer_files(out_dir: Path, tokenizer: Tokenizer) -> None:
+    """UserError where out_dir holds a tokenizer under another name: load_tokenizer(out_dir) might find that one."""
+    ours = {file.name for file in tokenizer.files}
+    others = sorted(path.name for path in [out_dir / "tokenizer.json", *out_dir.glob("*.tiktoken")] if path.exists())
+    if other := [name for name in others if name not in ours]:
+        raise UserError(f"{out_dir}: holds another tokenizer ({', '.join(other)}); remove it or choose another out_dir")
+
+
+class Preparation:
+    """One pass over the conversations: read, render, fit, write."""
+
+    def __init__(self, paths: list[Path], tokenizer: Tokenizer, settings: PrepareSettings, writer: PreparedWriter):
+        self.paths, self.tokenizer, self.settings, self.writer = paths, tokenizer, settings, writer
+        self.ledger, self.problems = Ledger(), Problems()
+        self.records = [0] * len(paths)  # of each file
+
+    def run(self) -> None:
+        size = sum(path.stat().st_size for path in self.paths)
+        with tqdm(total=size, unit="B", unit_scale=True, desc="preparing", disable=None) as bar:
+            conversations = self.read_all(bar.update)
+            while batch := next_batch(conversations, self.wanted()):
+                if self.problems.found and self.settings.too_long != "error":
+                    continue  # nothing will be written: look for more problems, at the speed of reading
+                self.enter_batch(batch)
+        self.problems.complain()
+        if self.ledger.splits["train"]["samples"] == 0:
+            counts = ", ".join(f"{name} {count:,}" for name, count in self.ledger.conversations.items())
+            raise UserError(f"{self.settings.input}: nothing is left to train on; conversations: {counts}")
+
+    def read_all(self, advance: Callable[[int], object]) -> Iterator[Conversation]:
+        for source, path in enumerate(self.paths):
+            yield from read_conversations(path, source, problems=self.problems, advance=advance)
+
+    def wanted(self) -> int:
+        """How many conversations may be read before max_samples could be reached."""
+        if self.settings.max_samples is None:
+            return BATCH_CONVERSATIONS
+        return min(BATCH_CONVERSATIONS, self.settings.max_samples - self.ledger.conversations["kept"])
+
+    def enter_batch(self, batch: list[Conversation]) -> None:
+        batch = [with_system_prompt(conversation, self.settings.system_prompt) for conversation in batch]
+        for conversation, sample in zip(batch, render_batch(batch, self.tokenizer), strict=True):
+            self.records[conversation.source] += 1
+            self.ledger.enter(sample, spells_control=any(map(self.tokenizer.spells_control, contents(conversation))))
+            fitted = self.fit(conversation, sample)
+            if fitted is None:
+                self.ledger.drop(sample, "too_long")
+            elif not any(label != NOT_TRAINED for label in fitted.labels):
+                self.ledger.drop(sample, "no_trained_tokens")
+            else:
+                self.keep(conversation, sample, fitted)
+
+    def fit(self, conversation: Conversation, sample: Sample) -> Sample | None:
+        """The sample, or what is left of it, in block_size tokens; None where it is dropped."""
+        length, block_size = len(sample.input_ids), self.settings.block_size
+        if length <= block_size:
+            return sample
+        if self.settings.too_long == "error":
+            self.problems.add(
+                f"{self.paths[conversation.source]}:{conversation.line}: {length:,} tokens, block_size is "
+                f"{block_size:,}; raise it, or --too_long=drop or cut"
+            )
+        return cut(sample, block_size) if self.settings.too_long == "cut" else None
+
+    def keep(self, conversation: Conversation, sample: Sample, fitted: Sample) -> None:
+        settings = self.settings
+        split = "val" if is_validation(conversation, seed=settings.seed, fraction=settings.val_fraction) else "train"
+        self.ledger.keep(fitted, split, removed=len(sample.input_ids) - len(fitted.input_ids))
+        self.writer.add(split, fitted.input_ids, fitted.labels, (conversation.source, conversation.record, -1))
+
+
+def next_batch(conversations: Iterator[Conversation], count: int) -> list[Conversation]:
+    batch: list[Conversation] = []
+    characters = 0
+    while len(batch) < count and characters < BATCH_CHARACTERS:
+        conversation = next(conversations, None)
+        if conversation is None:
+            break
+        batch.append(conversation)
+        characters += sum(map(len, contents(conversation)))
+    return batch
+
+
+def contents(conversation: Conversation) -> list[str]:
+    return [message.content for message in conversation.messages] + [conversation.text or ""]
+
+
+def with_system_prompt(conversation: Conversation, prompt: str | None) -> Conversation:
+    has_one = any(message.role == "system" for message in conversation.messages)
+    if prompt is None or conversation.text is not None or has_one:
+        return conversation
+    return dataclasses.replace(conversation, messages=(Message("system", prompt), *conversation.messages))
+
+
+def is_validation(conversation: Conversation, *, seed: int, fraction: float) -> bool:
+    """A function of seed and content alone, so that copies of a conversation are never in both splits."""
+    content = json.dumps([seed, conversation.text, conversation.messages])
+    digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def facts(resolved: Resolved[PrepareSettings], done: Preparation) -> dict[str, Any]:
+    """What meta.json says beside what follows from the arrays."""
+    tokenizer = done.tokenizer
+    return {
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "tokenizer_files": [file.name for file in tokenizer.files],
+        "vocab_size": tokenizer.vocab_size,
+        "im_start_id": tokenizer.im_start,
+        "im_end_id": tokenizer.im_end,
+        "pad_id": tokenizer.pad,
+        "template": resolved.settings.template,
+        "block_size": resolved.settings.block_size,
+        "settings": to_dict(resolved.settings),
+        "settings_origins": resolved.origins,
+        "sources": [
+            {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path), "records": count}
+            for path, count in zip(done.paths, done.records, strict=True)
+        ],
+        "ledger": done.ledger.to_dict(),
+    }
+
+
+def summary(out_dir: str, meta: Mapping[str, Any], *, seconds: float) -> str:
+    ledger, lengths = meta["ledger"], meta["lengths"]["all"]
+    conversations, tokens, splits = ledger["conversations"], ledger["tokens"], ledger["splits"]
+    trained = sum(counts["trained_tokens"] for counts in splits.values())
+    dropped = sum(conversations[reason] for reason in DROPPED)
+    reasons = ", ".join(f"{name} {conversations[reason]:,}" for reason, name in DROPPED.items())
+    lines = [
+        f"prepared {out_dir} in {seconds:.1f} s: {conversations['read']:,} conversations, "
+        f"{tokens['rendered']:,} tokens rendered",
+        f"  kept     {conversations['kept']:>12,}  train {splits['train']['samples']:,}, "
+        f"val {splits['val']['samples']:,}; {conversations['shortened']:,} of them cut to fit",
+        f"  dropped  {dropped:>12,}  {reasons}",
+        f"  tokens   {tokens['kept']:>12,}  trained {trained:,} ({trained / tokens['kept']:.1%})",
+        f"  lengths  min {lengths['min']:,}  median {lengths['median']:,.0f}  mean {lengths['mean']:,.1f}  "
+        f"p95 {lengths['p95']:,.0f}  max {lengths['max']:,} tokens",
+        f"  control tokens spelled in the content of {conversations['spell_control']:,} conversations; "
+        "kept as ordinary text",
+    ]
+    if meta["settings"]["val_fraction"] > 0 and splits["val"]["samples"] == 0:
+        lines.append("  no conversation fell to validation; raise val_fraction to have some")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_program(main)

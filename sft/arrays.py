@@ -1,0 +1,332 @@
+"""The prepared data set on disk: little-endian .npy arrays per split and a meta.json, which makes the folder valid.
+
+For each split `train` and `val`: input_ids and labels int32 [tokens] (all samples end to end, labels not shifted, -100
+where not trained), offsets int64 [samples + 1], targets float64 [samples] (the sum of the target weights after the
+shift), origins int64 [samples, 3] (source, 1-based record, turn or -1 for all) and, only where some weight is not 1,
+weights float32 [tokens]. `meta.json` is deleted before anything is written, and written last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from sft.errors import UserError, listed
+
+FORMAT = "prepared conversations"
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+DTYPES = {"input_ids": "<i4", "labels": "<i4", "offsets": "<i8", "targets": "<f8", "origins": "<i8", "weights": "<f4"}
+WRITTEN = ("input_ids", "labels", "offsets", "targets", "origins")
+NOT_TRAINED = -100
+AGAIN = "run prepare_sft.py again"
+
+
+class GrowingArray:
+    """A .npy file that grows row by row under the name `path`.partial, so that no more than a row is held."""
+
+    def __init__(self, path: Path, dtype: str, row_shape: tuple[int, ...] = ()):
+        self.path, self.dtype, self.row_shape = path, np.dtype(dtype), row_shape
+        self.partial = partial_of(path)
+        self.length = 0
+        self.file = open(self.partial, "wb")  # noqa: SIM115  # close or discard ends it
+        self._write_header()
+
+    def _write_header(self) -> None:
+        shape = (self.length, *self.row_shape)
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def append(self, rows: Any) -> None:
+        values = np.asarray(rows, self.dtype).reshape(-1, *self.row_shape)
+        self.file.write(values.tobytes())
+        self.length += len(values)
+
+    def close(self) -> None:
+        """Complete the file and give it its name."""
+        start = self.file.tell() - self.length * self.dtype.itemsize * int(np.prod(self.row_shape, dtype=int))
+        self.file.seek(0)
+        self._write_header()
+        assert self.file.tell() == start, "numpy leaves room in the header for any length"
+        into_place(self.file, self.partial, self.path)
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer
+            self.file.close()
+        self.partial.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+
+class PreparedWriter:
+    """Writes a prepared folder; a context manager that leaves nothing behind unless `finish` was reached."""
+
+    def __init__(self, folder: str | Path):
+        """UserError where the folder cannot be written or holds somebody else's meta.json; an earlier data set goes."""
+        self.folder = Path(folder)
+        self.made_folder = not self.folder.exists()
+        self.arrays: dict[tuple[str, str], GrowingArray] = {}
+        self.max_id = -1
+        self.finished = False
+        refuse_foreign_meta(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "meta.json").unlink(missing_ok=True)
+            for path in [self.folder / file_name(split, part) for split in SPLITS for part in DTYPES]:
+                path.unlink(missing_ok=True)
+                partial_of(path).unlink(missing_ok=True)
+            for split in SPLITS:
+                for part in WRITTEN:
+                    path = self.folder / file_name(split, part)
+                    self.arrays[split, part] = GrowingArray(path, DTYPES[part], (3,) if part == "origins" else ())
+                self.arrays[split, "offsets"].append(0)
+        except OSError as error:
+            self.discard()
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+
+    def add(self, split: str, input_ids: Sequence[int], labels: Sequence[int], origin: tuple[int, int, int]) -> None:
+        """Append a sample: its unshifted labels, its origin (source, record, turn)."""
+        ids, targets = np.asarray(input_ids, np.int32), np.asarray(labels, np.int32)
+        assert len(ids) == len(targets) > 0
+        parts = {name: self.arrays[split, name] for name in WRITTEN}
+        parts["input_ids"].append(ids)
+        parts["labels"].append(targets)
+        parts["offsets"].append(parts["input_ids"].length)
+        parts["targets"].append(np.count_nonzero(targets[1:] != NOT_TRAINED))
+        parts["origins"].append(origin)
+        self.max_id = max(self.max_id, int(ids.max()))
+
+    def finish(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete the arrays, then write meta.json: `facts` and what follows from the arrays. The whole meta."""
+        for array in self.arrays.values():
+            array.close()
+        lengths = {split: np.diff(np.load(self.arrays[split, "offsets"].path)) for split in SPLITS}
+        meta = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            **facts,
+            "lengths": {
+                "all": length_statistics(np.concatenate(list(lengths.values()))),
+                **{split: length_statistics(lengths[split]) for split in SPLITS},
+            },
+            "max_id": self.max_id,
+            "arrays": {array.path.name: described(array) for array in self.arrays.values()},
+        }
+        path = self.folder / "meta.json"
+        with open(partial_of(path), "w", encoding="utf-8") as file:
+            json.dump(meta, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            into_place(file, partial_of(path), path)
+        self.finished = True
+        return meta
+
+    def discard(self) -> None:
+        """Remove what this writer wrote: meta.json first, which is what makes a folder valid."""
+        if self.arrays:
+            (self.folder / "meta.json").unlink(missing_ok=True)
+            partial_of(self.folder / "meta.json").unlink(missing_ok=True)
+        for array in self.arrays.values():
+            array.discard()
+        if self.made_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def __enter__(self) -> PreparedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.finished:
+            self.discard()
+
+
+def write_prepared(
+    folder: str | Path,
+    splits: Mapping[str, Iterable[tuple[Sequence[int], Sequence[int]]]],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write (input ids, unshifted labels) per split as a prepared folder whose source is unknown; its meta."""
+    with PreparedWriter(folder) as writer:
+        for split, samples in splits.items():
+            for record, (input_ids, labels) in enumerate(samples, 1):
+                writer.add(split, input_ids, labels, (0, record, -1))
+        return writer.finish(facts)
+
+
+def file_name(split: str, part: str) -> str:
+    return f"{split}_{part}.npy"
+
+
+def partial_of(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def into_place(file: Any, partial: Path, path: Path) -> None:
+    """Put an open file on the disk, close it and give it its name."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(partial, path)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def described(array: GrowingArray) -> dict[str, Any]:
+    shape = [array.length, *array.row_shape]
+    return {"dtype": array.dtype.str, "shape": shape, "sha256": sha256_of(array.path)}
+
+
+def length_statistics(lengths: np.ndarray) -> dict[str, float] | None:
+    """Tokens per sample; None where there is no sample."""
+    if len(lengths) == 0:
+        return None
+    return {
+        "min": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "mean": round(float(lengths.mean()), 2),
+        "p95": float(np.percentile(lengths, 95, method="inverted_cdf")),
+        "max": int(lengths.max()),
+    }
+
+
+def refuse_foreign_meta(folder: Path) -> None:
+    path = folder / "meta.json"
+    if not path.is_file():
+        return
+    try:
+        ours = json.loads(path.read_bytes()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{path}: not written by prepare_sft.py and would be lost; choose another folder")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One split, memory-mapped: sample i is input_ids[offsets[i]:offsets[i + 1]], and labels likewise."""
+
+    input_ids: np.ndarray  # int32 (tokens,)
+    labels: np.ndarray  # int32 (tokens,), not shifted
+    offsets: np.ndarray  # int64 (samples + 1,)
+    targets: np.ndarray  # float64 (samples,)
+    origins: np.ndarray  # int64 (samples, 3): source, record, turn
+    weights: np.ndarray | None  # float32 (tokens,); None = all 1
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    folder: Path
+    meta: dict[str, Any]
+    splits: dict[str, Samples]  # "train" and "val"
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) that is the same for the same arrays and vocabulary."""
+        facts = {key: self.meta.get(key) for key in ("arrays", "tokenizer_fingerprint")}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def open_prepared(folder: str | Path) -> PreparedData:
+    """The prepared data of a folder, memory-mapped; UserError where it is missing, incomplete or of another version."""
+    folder = Path(folder)
+    meta = read_meta(folder)
+    names = {file_name(split, part) for split in SPLITS for part in DTYPES}
+    problems: list[str] = []
+    arrays = {name: open_array(folder / name, told, problems) for name, told in meta["arrays"].items() if name in names}
+    needed = {file_name(split, part) for split in SPLITS for part in WRITTEN}
+    problems += [f"meta.json does not list {name}" for name in sorted(needed - set(arrays))]
+    if problems:
+        raise listed(f"{folder}: the prepared data is damaged; {AGAIN}:", problems)
+    splits = {
+        split: Samples(**{part: arrays.get(file_name(split, part)) for part in DTYPES})  # type: ignore[arg-type]
+        for split in SPLITS
+    }
+    problems = [f"{name}: {complaint}" for name, samples in splits.items() for complaint in inconsistencies(samples)]
+    if problems:
+        raise listed(f"{folder}: the prepared data is damaged; {AGAIN}:", problems)
+    return PreparedData(folder, meta, splits)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        if any((folder / name).exists() for split in SPLITS for name in traces(split)):
+            raise UserError(f"{folder}: no meta.json, so preparing it was interrupted; {AGAIN}") from error
+        raise UserError(f"{folder}: no prepared data here; make it with prepare_sft.py --out_dir={folder}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); {AGAIN}") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise UserError(f"{path}: not written by prepare_sft.py")
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {meta.get('format_version')}, this program reads {FORMAT_VERSION}; {AGAIN}"
+        )
+    if not isinstance(meta.get("arrays"), dict):
+        raise UserError(f"{path}: lists no arrays; {AGAIN}")
+    return meta
+
+
+def traces(split: str) -> Iterable[str]:
+    names = [file_name(split, part) for part in DTYPES]
+    return [*names, *(f"{name}.partial" for name in names)]
+
+
+def open_array(path: Path, told: Any, problems: list[str]) -> np.ndarray | None:
+    """The array as a memory map; None and a problem where it is not what meta.json says."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing")
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        problems.append(f"{path.name} cannot be read: {error}")
+        return None
+    found = {"dtype": array.dtype.str, "shape": list(array.shape)}
+    if not isinstance(told, dict) or found != {key: told.get(key) for key in found}:
+        problems.append(f"{path.name} holds {found}, meta.json says {told}")
+        return None
+    return array
+
+
+def inconsistencies(samples: Samples) -> Iterable[str]:
+    """What does not fit together although each array alone is as announced."""
+    tokens, count = len(samples.input_ids), len(samples.targets)
+    if len(samples.labels) != tokens or (samples.weights is not None and len(samples.weights) != tokens):
+        yield "input_ids, labels and weights differ in length"
+    if len(samples.offsets) != count + 1 or samples.origins.shape != (count, 3):
+        yield "offsets, targets and origins differ in length"
+    elif samples.offsets[0] != 0 or samples.offsets[-1] != tokens or (samples.lengths <= 0).any():
+        yield "offsets do not divide the tokens"
+
+
+def verify_checksums(prepared: PreparedData) -> None:
+    """UserError that lists the arrays whose bytes are not those that were written."""
+    damaged = [
+        f"{name} does not have the checksum that meta.json gives"
+        for name, told in prepared.meta["arrays"].items()
+        if sha256_of(prepared.folder / name) != told.get("sha256")
+    ]
+    if damaged:
+        raise listed(f"{prepared.folder}: the prepared data is damaged; {AGAIN}:", damaged)

@@ -1,0 +1,217 @@
+"""Byte-level vocabularies with ChatML's control tokens, from tokenizer.json (tokenizers) or *.tiktoken (tiktoken).
+
+Control tokens are the added tokens with special: true. Text never yields one, whatever it spells: `encode` takes them
+for ordinary text, while other added tokens (`<think>`, `<tool_call>`) match as usual.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import tiktoken
+import tokenizers
+
+from sft.errors import UserError
+
+IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+EncodeBatch = Callable[[Sequence[str]], list[list[int]]]
+
+# Qwen3 publishes *.tiktoken without the tokens that follow it: these, in this order.
+QWEN3_BASE_SIZE = 151_643
+QWEN3_CONTROL = [
+    *(END_OF_TEXT, IM_START, IM_END, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
+    *("<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>"),
+    "<|video_pad|>",
+]
+QWEN3_OTHER = [
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
+]
+QWEN3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """Text <-> ids; whichever library does the work, equal vocabularies give equal ids."""
+
+    def __init__(
+        self,
+        encode_batch: EncodeBatch,
+        *,
+        token_bytes: Mapping[int, bytes],
+        control: Mapping[str, int],
+        files: Sequence[Path],
+    ):
+        """`token_bytes` covers every id, added tokens included; `files` are what it takes to load this again."""
+        self.encode_batch = encode_batch
+        self.token_bytes = dict(token_bytes)
+        self.control = dict(control)
+        self.files = list(files)
+        self.vocab_size = max(self.token_bytes, default=-1) + 1
+        self.check()
+        self.im_start, self.im_end, self.pad = (self.control[name] for name in (IM_START, IM_END, END_OF_TEXT))
+
+    def check(self) -> None:
+        """UserError unless the control tokens are there and any text comes back from its ids."""
+        missing = [name for name in (IM_START, IM_END, END_OF_TEXT) if name not in self.control]
+        if missing:
+            raise UserError(
+                f"{self.files[0]}: no control token {', '.join(missing)}; "
+                "ChatML needs each as an added token with special: true"
+            )
+        # Prefix spaces, lower case, missing bytes and an unknown token all show here.
+        probe = "A b\n\n  c\té 你好 🦙\x00" + "".join(f"{name} " for name in self.control)
+        ids = self.encode(probe)
+        if self.decode(ids, skip_control=False) != probe or not set(self.control.values()).isdisjoint(ids):
+            raise UserError(
+                f"{self.files[0]}: text does not come back from its ids unchanged; "
+                "only byte-level BPE vocabularies with all 256 bytes (Qwen, Llama 3, GPT-2) can be used"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
+        """The text; bytes that are not UTF-8 and ids that are not in the vocabulary become U+FFFD."""
+        skipped = set(self.control.values()) if skip_control else set()
+        unknown = "\ufffd".encode()
+        return b"".join(self.token_bytes.get(i, unknown) for i in ids if i not in skipped).decode("utf-8", "replace")
+
+    def spells_control(self, text: str) -> bool:
+        """Whether the text contains the spelling of a control token."""
+        return self._control_spelling.search(text) is not None
+
+    @cached_property
+    def _control_spelling(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self.control)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over (id, bytes, is control) in order of id: the same for every file of one vocabulary."""
+        control = set(self.control.values())
+        digest = hashlib.sha256()
+        for i, token in sorted(self.token_bytes.items()):
+            digest.update(struct.pack("<IIB", i, len(token), i in control) + token)
+        return digest.hexdigest()
+
+    def copy_to(self, folder: str | Path) -> list[str]:
+        """Copy the files into the folder, where load_tokenizer(folder) finds this tokenizer; their names."""
+        for file in self.files:
+            target = Path(folder) / file.name
+            if not (target.exists() and target.samefile(file)):
+                shutil.copyfile(file, target)
+        return [file.name for file in self.files]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, a *.tiktoken or a folder that holds one (tokenizer.json goes first)."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / "tokenizer.json"] if (path / "tokenizer.json").exists() else sorted(path.glob("*.tiktoken"))
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found) or "none"
+            raise UserError(f"{path}: one tokenizer.json or *.tiktoken expected, found {names}; name the file itself")
+        path = found[0]
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; --tokenizer= takes a tokenizer.json, a *.tiktoken or their folder")
+    return tiktoken_tokenizer(path) if path.suffix == ".tiktoken" else json_tokenizer(path)
+
+
+def json_tokenizer(path: Path) -> Tokenizer:
+    try:
+        library = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more particular
+        raise UserError(f"{path}: not a tokenizer.json: {error}") from error
+    library.encode_special_tokens = True  # special: true tokens are ordinary text
+    library.no_padding()
+    library.no_truncation()
+    if hasattr(library.model, "dropout"):
+        library.model.dropout = None  # a regulariser that would make ids random
+
+    def encode_batch(texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in library.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    added = library.get_added_tokens_decoder()
+    byte_of = byte_of_character()
+    token_bytes = {i: token_to_bytes(token, byte_of) for token, i in library.get_vocab().items()}
+    token_bytes |= {i: token.content.encode() for i, token in added.items()}
+    config = path.with_name("tokenizer_config.json")
+    return Tokenizer(
+        encode_batch,
+        token_bytes=token_bytes,
+        control={token.content: i for i, token in sorted(added.items()) if token.special},
+        files=[path, config] if path.name == "tokenizer.json" and config.exists() else [path],
+    )
+
+
+def tiktoken_tokenizer(path: Path) -> Tokenizer:
+    ranks = read_ranks(path)
+    if len(ranks) != QWEN3_BASE_SIZE or set(ranks.values()) != set(range(QWEN3_BASE_SIZE)):
+        raise UserError(
+            f"{path}: {len(ranks):,} tokens; a *.tiktoken lacks the added tokens, and they are known only for Qwen3's "
+            f"{QWEN3_BASE_SIZE:,}; use tokenizer.json"
+        )
+    added = {token: QWEN3_BASE_SIZE + i for i, token in enumerate(QWEN3_CONTROL + QWEN3_OTHER)}
+    return Tokenizer(
+        tiktoken_encoder(ranks, {token: added[token] for token in QWEN3_OTHER}, QWEN3_PATTERN),
+        token_bytes={i: token for token, i in ranks.items()} | {i: token.encode() for token, i in added.items()},
+        control={token: added[token] for token in QWEN3_CONTROL},
+        files=[path],
+    )
+
+
+def tiktoken_encoder(ranks: dict[bytes, int], matched: Mapping[str, int], pattern: str) -> EncodeBatch:
+    """Encoding with tiktoken as tokenizers does it: added tokens are matched first, then each stretch between them is
+    normalised (NFC, from the same tables) and encoded."""
+    encoding = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    nfc = tokenizers.normalizers.NFC()
+    added = re.compile(f"({'|'.join(map(re.escape, matched))})")
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = []
+        for i, part in enumerate(added.split(text)):
+            if i % 2:  # what the parentheses of the pattern caught
+                ids.append(matched[part])
+            elif part:
+                ids += encoding.encode_ordinary(part if part.isascii() else nfc.normalize_str(part))
+        return ids
+
+    return lambda texts: [encode(text) for text in texts]
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise UserError(f"{path}:{number}: 'base64-of-a-token rank' expected; is this a *.tiktoken?") from error
+    return ranks
+
+
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes for U+0100 and up."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def token_to_bytes(token: str, byte_of: Mapping[str, int]) -> bytes:
+    try:
+        return bytes([byte_of[character] for character in token])
+    except KeyError:  # an entry outside the alphabet can only stand for itself
+        return token.encode()

@@ -1,0 +1,283 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import prepare_sft
+from prepare_sft import is_validation
+from sft.arrays import open_prepared, verify_checksums
+from sft.errors import UserError
+from sft.records import Conversation, Message
+from sft.tokenizer import load_tokenizer
+from tests.conftest import ROOT
+from tests.tiny_tokenizer import save_tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory):
+    return save_tiny_tokenizer(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def prepare(tmp_path, tokenizer_file):
+    """prepare(records, name=value...) -> the opened data."""
+
+    def run(records, out="data", **settings):
+        source = tmp_path / "input.jsonl"
+        source.write_text("".join(json.dumps(record) + "\n" for record in records))
+        given = {"input": source, "tokenizer": tokenizer_file, "out_dir": tmp_path / out, **settings}
+        prepare_sft.main([f"--{name}={value}" for name, value in given.items()])
+        return open_prepared(tmp_path / out)
+
+    return run
+
+
+def exchange(prompt, completion):
+    return {"prompt": prompt, "completion": completion}
+
+
+MANY = [exchange(f"What is {i} and {i}?", f"It is {2 * i}.") for i in range(60)]
+
+
+def texts(data, split, tokenizer_file):
+    samples = data.splits[split]
+    tokenizer = load_tokenizer(tokenizer_file)
+    spans = zip(samples.offsets, samples.offsets[1:], strict=False)
+    return [tokenizer.decode(samples.input_ids[a:b].tolist(), skip_control=False) for a, b in spans]
+
+
+def test_every_conversation_is_in_one_split_and_the_ledger_adds_up(prepare, tokenizer_file):
+    data = prepare(MANY, val_fraction=0.3)
+    found = texts(data, "train", tokenizer_file) + texts(data, "val", tokenizer_file)
+    assert len(data.splits["train"]) > 20
+    assert len(data.splits["val"]) > 5
+    assert sorted(found) == sorted(
+        f"<|im_start|>user\n{r['prompt']}<|im_end|>\n<|im_start|>assistant\n{r['completion']}<|im_end|>\n" for r in MANY
+    )
+    check_ledger(data)
+    assert data.meta["sources"][0]["records"] == len(MANY)
+
+
+def check_ledger(data):
+    ledger = data.meta["ledger"]
+    conversations, tokens, splits = ledger["conversations"], ledger["tokens"], ledger["splits"]
+    dropped = ("too_long", "no_trained_tokens")
+    assert conversations["read"] == conversations["kept"] + sum(conversations[reason] for reason in dropped)
+    assert tokens["rendered"] == tokens["kept"] + tokens["cut"] + sum(tokens[reason] for reason in dropped)
+    for split, samples in data.splits.items():
+        assert splits[split]["samples"] == len(samples)
+        assert splits[split]["tokens"] == len(samples.input_ids)
+        assert splits[split]["trained_tokens"] == samples.targets.sum() == np.count_nonzero(samples.labels != -100)
+    assert tokens["kept"] == sum(counts["tokens"] for counts in splits.values())
+
+
+def test_the_same_input_gives_the_same_bytes_and_valid_checksums(prepare, tmp_path):
+    def content():
+        return {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+
+    verify_checksums(prepare(MANY))
+    first = content()
+    prepare(MANY)
+    assert content() == first
+
+
+def test_the_size_of_batches_does_not_change_the_bytes(prepare, tmp_path, monkeypatch):
+    whole = prepare(MANY, out="a").fingerprint
+    monkeypatch.setattr(prepare_sft, "BATCH_CONVERSATIONS", 7)
+    monkeypatch.setattr(prepare_sft, "BATCH_CHARACTERS", 90)
+    assert prepare(MANY, out="b").fingerprint == whole
+
+
+def test_the_split_is_a_function_of_seed_and_content():
+    conversations = [Conversation((Message("user", f"{i}"), Message("assistant", "a"))) for i in range(2000)]
+
+    def chosen(seed, fraction, of=conversations):
+        return [is_validation(conversation, seed=seed, fraction=fraction) for conversation in of]
+
+    assert 0.16 < np.mean(chosen(1, 0.2)) < 0.24
+    assert chosen(1, 0.2) != chosen(2, 0.2)
+    assert not any(chosen(1, 0.0))
+    elsewhere = [replace(conversation, record=9, line=9, source=1) for conversation in conversations]
+    assert chosen(1, 0.2, elsewhere) == chosen(1, 0.2)
+    # growing the fraction only adds
+    assert all(later or not earlier for earlier, later in zip(chosen(1, 0.2), chosen(1, 0.4), strict=True))
+
+
+def test_copies_of_a_conversation_share_a_split(prepare, tokenizer_file):
+    data = prepare(MANY + MANY, val_fraction=0.3)
+    assert set(texts(data, "train", tokenizer_file)).isdisjoint(texts(data, "val", tokenizer_file))
+
+
+LONG = {"messages": [{"role": role, "content": "the cat sat"} for role in ("user", "assistant") * 4]}
+SHORT = exchange("hat", "cat")
+
+
+def test_what_is_too_long_is_dropped_and_counted(prepare):
+    data = prepare([SHORT, LONG], val_fraction=0, block_size=40)
+    assert len(data.splits["train"]) == 1
+    assert data.meta["ledger"]["conversations"]["too_long"] == 1
+    check_ledger(data)
+
+
+def test_what_is_too_long_is_cut_to_whole_turns(prepare, tokenizer_file):
+    data = prepare([SHORT, LONG], val_fraction=0, block_size=40, too_long="cut")
+    cut = texts(data, "train", tokenizer_file)[1]
+    pair = "<|im_start|>user\nthe cat sat<|im_end|>\n<|im_start|>assistant\nthe cat sat<|im_end|>\n"
+    assert cut in (pair, pair * 2, pair * 3)
+    assert data.splits["train"].lengths.max() <= 40
+    assert data.meta["ledger"]["conversations"]["shortened"] == 1
+    assert data.meta["ledger"]["tokens"]["cut"] > 0
+    check_ledger(data)
+
+
+def test_what_is_too_long_is_refused_with_each_line_when_asked_to(prepare, tmp_path):
+    with pytest.raises(UserError) as caught:
+        prepare([LONG, SHORT, LONG], block_size=40, too_long="error")
+    problems = str(caught.value).splitlines()[1:]
+    assert [problem.split(": ")[0] for problem in problems] == [f"  {tmp_path}/input.jsonl:{line}" for line in (1, 3)]
+    assert "block_size is 40" in problems[0]
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_sample_of_exactly_block_size_is_kept(prepare):
+    length = int(prepare([LONG], val_fraction=0).splits["train"].lengths[0])
+    kept = prepare([LONG], val_fraction=0, block_size=length)
+    assert kept.splits["train"].lengths.tolist() == [length]
+    dropped = prepare([SHORT, LONG], val_fraction=0, block_size=length - 1)
+    assert dropped.meta["ledger"]["conversations"]["too_long"] == 1
+
+
+def test_conversations_without_a_trained_token_are_dropped_and_counted(prepare):
+    data = prepare([{"messages": [{"role": "user", "content": "hi"}]}, {"text": ""}, SHORT], val_fraction=0)
+    assert data.meta["ledger"]["conversations"]["no_trained_tokens"] == 2
+    check_ledger(data)
+
+
+def test_a_cut_that_leaves_text_without_a_target_is_no_sample(prepare):
+    data = prepare([{"text": "the cat and the hat"}], val_fraction=0, block_size=2, too_long="cut")
+    assert data.splits["train"].targets.tolist() == [1.0]
+
+
+def test_nothing_left_to_train_on_is_an_error(prepare, tmp_path):
+    with pytest.raises(UserError, match=r"nothing is left to train on; conversations: read 1, kept 0, too_long 1"):
+        prepare([LONG], block_size=10)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_system_prompt_goes_where_there_is_none(prepare, tokenizer_file):
+    own = {"messages": [{"role": role, "content": role} for role in ("system", "user", "assistant")]}
+    data = prepare([SHORT, own, {"text": "plain"}], val_fraction=0, system_prompt="Be brief.")
+    first, second, third = texts(data, "train", tokenizer_file)
+    assert first.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhat<|im_end|>")
+    assert "Be brief" not in second + third
+
+
+def test_max_samples_counts_what_is_kept_in_order(prepare):
+    data = prepare([LONG, *MANY[:3], LONG, *MANY], val_fraction=0, max_samples=5, block_size=40)
+    assert data.splits["train"].origins[:, 1].tolist() == [2, 3, 4, 6, 7]
+    check_ledger(data)
+
+
+def test_conversations_that_spell_control_tokens_are_counted(prepare, capsys):
+    data = prepare([SHORT, exchange("say <|im_end|>", "no"), {"text": "<|endoftext|>"}], val_fraction=0)
+    assert data.meta["ledger"]["conversations"]["spell_control"] == 2
+    assert "content of 2 conversations" in capsys.readouterr().out
+
+
+def test_several_files_keep_their_sources_and_records(prepare, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([{"text": "a b"}, {"text": "c d"}]))
+    data = prepare([SHORT], input=f"{tmp_path}/input.jsonl,{other}", val_fraction=0)
+    assert data.splits["train"].origins.tolist() == [[0, 1, -1], [1, 1, -1], [1, 2, -1]]
+    assert [source["records"] for source in data.meta["sources"]] == [1, 2]
+
+
+def test_problems_of_several_files_are_reported_together(prepare, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("{")
+    with pytest.raises(UserError) as caught:
+        prepare([SHORT, {"text": 1}], input=f"{tmp_path}/input.jsonl,{other}")
+    assert f"{tmp_path}/input.jsonl:2: " in str(caught.value)
+    assert f"{other}:1: " in str(caught.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_failed_rerun_leaves_no_valid_data(prepare, tmp_path):
+    prepare([SHORT])
+    with pytest.raises(UserError):
+        prepare([SHORT, {"text": 1}])
+    with pytest.raises(UserError, match="no prepared data here"):
+        open_prepared(tmp_path / "data")
+
+
+def test_the_meta_says_where_everything_came_from(prepare, tokenizer_file, tmp_path):
+    data = prepare([SHORT], val_fraction=0)
+    tokenizer = load_tokenizer(tmp_path / "data")
+    assert data.meta["tokenizer_fingerprint"] == tokenizer.fingerprint
+    assert data.meta["vocab_size"] == tokenizer.vocab_size > data.meta["max_id"]
+    assert data.meta["pad_id"] == tokenizer.pad
+    assert data.meta["settings"]["val_fraction"] == 0.0
+    assert data.meta["settings_origins"]["val_fraction"] == "command line"
+    assert data.meta["settings_origins"]["seed"] == "default"
+    assert len(data.meta["sources"][0]["sha256"]) == 64
+
+
+def test_another_tokenizer_in_out_dir_is_refused(prepare, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "qwen.tiktoken").write_text("")
+    with pytest.raises(UserError, match=r"holds another tokenizer \(qwen\.tiktoken\)"):
+        prepare([SHORT])
+
+
+def test_the_tokenizer_in_out_dir_can_be_used_again(prepare, tmp_path):
+    first = prepare([SHORT]).fingerprint
+    assert prepare([SHORT], tokenizer=tmp_path / "data").fingerprint == first
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val_fraction": 1.0}, "command line: val_fraction must be at least 0 and below 1"),
+        ({"block_size": 1}, "command line: block_size must be at least 2"),
+        ({"max_samples": 0}, "command line: max_samples must be at least 1"),
+        ({"too_long": "truncate"}, "too_long must be 'drop' | 'cut' | 'error', not 'truncate'"),
+        ({"max_seq_length": 5}, "the longest sample is block_size"),
+        ({"input": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"input": ","}, "it names no file"),
+        ({"tokenizer": "none.json"}, "none.json: no such file"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused_before_anything_is_written(prepare, tmp_path, settings, message):
+    with pytest.raises(UserError) as caught:
+        prepare([SHORT], **settings)
+    assert message in str(caught.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_disk_that_fills_up_is_a_failure_that_leaves_nothing(prepare, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sft.arrays.sha256_of", full)  # called once the arrays are complete
+    with pytest.raises(UserError, match="No space left on device; nothing was prepared") as caught:
+        prepare([SHORT])
+    assert caught.value.exit_status == 1
+    assert not list((tmp_path / "data").glob("*.npy*"))
+
+
+def test_the_program_ends_with_2_and_one_message_on_bad_input(tmp_path, tokenizer_file):
+    (tmp_path / "bad.jsonl").write_text('{"text": }\n')
+    (tmp_path / "config.py").write_text(f"tokenizer = {str(tokenizer_file)!r}\nval_fraction = 0.0\n")
+    command = [sys.executable, str(ROOT / "prepare_sft.py"), "config.py", "--input=bad.jsonl", "--out_dir=data"]
+    bad = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: the input cannot be used:\n  bad.jsonl:1: broken JSON at column 10")
+    assert "Traceback" not in bad.stderr
+    (tmp_path / "bad.jsonl").write_text('{"text": "the cat"}\n')
+    good = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False)
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "prepared data" in good.stdout
