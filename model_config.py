@@ -160,7 +160,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     if size is None and "head_dim" in values and heads and width and heads > 0:
         if width % heads:
             yield f"n_embd {width} must be a multiple of n_head {heads}, or head_dim given"
-        size = width // heads
+        else:
+            size = width // heads
     if size and values.get("position_encoding") == "rope" and size % 2:
         yield f"rotary positions need an even head size, not {size}"
 

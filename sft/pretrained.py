@@ -92,18 +92,27 @@ class Pretrained:
 
 def open_pretrained(path: Path) -> Pretrained:
     """A Hugging Face folder, a checkpoint file, or a folder with a ckpt.pt. Raises UserError for anything else."""
-    if (path / "config.json").is_file():
+    if is_hugging_face_folder(path):
         config = huggingface.read_config(path)
         try:
             fields = huggingface.architecture_fields(config)
         except UserError as error:
             raise UserError(f"{path / 'config.json'}: {error}") from error
         return Pretrained(path, fields, huggingface.stored_tensors(path), huggingface.name_table(fields))
-    if path.is_dir():
-        if not (path / "ckpt.pt").is_file():
-            raise UserError(f"{path}: holds neither a config.json with *.safetensors nor a ckpt.pt")
-        path = path / "ckpt.pt"
-    return _open_checkpoint(path)
+    return _open_checkpoint(checkpoint_file(path))
+
+
+def is_hugging_face_folder(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The file itself, or the newest of a run's folder. Raises UserError for a folder without one."""
+    if not path.is_dir():
+        return path
+    if not (path / "ckpt.pt").is_file():
+        raise UserError(f"{path}: holds neither a ckpt.pt nor a config.json with *.safetensors")
+    return path / "ckpt.pt"
 
 
 def _open_checkpoint(path: Path) -> Pretrained:
@@ -120,7 +129,7 @@ def _open_checkpoint(path: Path) -> Pretrained:
         if DERIVED_BUFFERS.search(name):
             continue
         if not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: {given} is a {type(tensor).__name__}, not a tensor")
+            raise UserError(f"{path}: {given} is of type {type(tensor).__name__}, not a tensor")
         if name in tensors:
             raise UserError(f"{path}: holds {name} twice, with and without a wrapper's prefix")
         tensors[name] = MappedTensor(tensor)

@@ -1,0 +1,126 @@
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers
+
+from sft.chatml import render
+from sft.errors import UserError
+from sft.records import Conversation, Message
+from sft.tokenizer import Tokenizer, load_tokenizer
+from tests.conftest import ROOT
+from tests.tiny import tiny_model
+from tools import chat
+
+FIRST, SECOND = "Grüße!", "done"
+
+
+def byte_tokenizer(
+    folder: Path, *, controls: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+) -> Tokenizer:
+    """A vocabulary of the 256 bytes and the control tokens, in folder/tokenizer.json."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens(list(controls))
+    folder.mkdir(exist_ok=True)
+    library.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder: a model that has learned one dialogue of two turns by heart, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = byte_tokenizer(folder)
+    turns = [("user", "hi"), ("assistant", FIRST), ("user", "go"), ("assistant", SECOND)]
+    sample = render(Conversation(tuple(Message(role, content) for role, content in turns)), tokenizer)
+    ids, labels = torch.tensor([sample.input_ids]), torch.tensor([sample.labels])
+    model = tiny_model(vocab_size=tokenizer.vocab_size, block_size=128)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        loss = torch.nn.functional.cross_entropy(model(ids)[0, :-1], labels[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    content = {"model": model.state_dict(), "model_args": model.config.to_dict()}
+    torch.save({**content, "tokenizer_fingerprint": tokenizer.fingerprint}, folder / "ckpt.pt")
+    return folder
+
+
+def test_one_prompt_gets_one_answer_that_stops_by_itself(run: Path, capsys: pytest.CaptureFixture[str]):
+    for path in (run / "ckpt.pt", run):
+        chat.main([str(path), "--prompt=hi", "--temperature=none"])
+        assert capsys.readouterr().out == f"{FIRST}\n"
+
+
+def test_a_dialogue_remembers_and_ends_with_the_input(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n\ngo\n"))
+    chat.main([str(run / "ckpt.pt"), "--temperature=none"])
+    assert capsys.readouterr().out == f"{FIRST}\n{SECOND}\n\n"
+
+
+def test_a_system_message_goes_first(run: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        chat, "prompt_ids", lambda messages, tokenizer: seen.append([m.role for m in messages]) or tokenizer.encode("x")
+    )
+    chat.main([str(run), "--system=Be brief.", "--prompt=hi", "--max_new_tokens=1"])
+    assert seen == [["system", "user"]]
+
+
+def test_an_answer_cut_short_says_by_what(run: Path, capsys: pytest.CaptureFixture[str]):
+    chat.main([str(run), "--prompt=hi", "--temperature=none", "--max_new_tokens=3"])
+    assert capsys.readouterr().out == "Gr\ufffd\n[cut: max_new_tokens used up]\n"
+
+
+def test_a_character_is_shown_once_its_bytes_are_complete(capsys: pytest.CaptureFixture[str]):
+    chunks: list[str] = []
+
+    def growing():
+        for text in ("a", "a\ufffd", "aé", "aéb"):
+            yield text
+            chunks.append(capsys.readouterr().out)
+
+    assert chat.print_as_it_grows(growing()) == "aéb"
+    assert chunks == ["a", "", "é", "b"]
+
+
+def test_another_tokenizer_is_refused(run: Path, tmp_path: Path):
+    other = byte_tokenizer(tmp_path, controls=("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
+    with pytest.raises(UserError, match=f"not the tokenizer that {run / 'ckpt.pt'} was trained with"):
+        chat.main([str(run / "ckpt.pt"), "--prompt=hi", f"--tokenizer={other.files[0]}"])
+
+
+def test_bad_settings_and_files_are_refused_before_the_model_is_read(tmp_path: Path):
+    with pytest.raises(UserError, match="which checkpoint"):
+        chat.main(["--prompt=hi"])
+    with pytest.raises(UserError, match=r"did you mean 'temperature'[\s\S]*top_p must be above 0"):
+        chat.main(["ckpt.pt", "--temprature=1", "--top_p=0"])
+    with pytest.raises(UserError, match="no such checkpoint"):
+        chat.main([str(tmp_path / "ckpt.pt")])
+
+
+def test_a_device_that_is_not_there_is_refused(run: Path):
+    with pytest.raises(UserError, match="device 'abacus' cannot be used here"):
+        chat.main([str(run), "--prompt=hi", "--device=abacus"])
+
+
+def test_the_program_exits_with_2_and_one_message(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "chat.py"), str(tmp_path / "ckpt.pt")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'ckpt.pt'}: no such checkpoint; name a ckpt_*.pt file\n"
