@@ -94,11 +94,11 @@ class TrainSettings:
         if (self.checkpoint_path is None) == (self.model is None):
             yield "checkpoint_path", "set checkpoint_path or model: one of the two"
         if self.checkpoint_path is not None and not Path(self.checkpoint_path).exists():
-            yield "checkpoint_path", f"{self.checkpoint_path!r} does not exist"
+            yield "checkpoint_path", f"checkpoint_path {self.checkpoint_path!r} does not exist"
         if isinstance(self.model, str) and self.model not in PRESETS:
             yield "model", f"no preset is called {self.model!r}; there are {', '.join(PRESETS)}"
         if not Path(self.sft_data_dir).is_dir():
-            yield "sft_data_dir", f"{self.sft_data_dir!r} does not exist; write it with prepare_sft.py"
+            yield "sft_data_dir", f"sft_data_dir {self.sft_data_dir!r} does not exist; write it with prepare_sft.py"
         if (self.max_iters is None) == (self.max_epochs is None):
             yield "max_iters", "set max_iters or max_epochs: one of the two"
         if self.rows_per_step is not None and self.gradient_accumulation_steps is not None:

@@ -18,6 +18,10 @@ def open_training_data(folder: str, *, block_size: int) -> PreparedData:
     """The prepared data of a folder; UserError where a run with this block_size could not train on all of it."""
     data = open_prepared(folder)
     problems = []
+    if data.meta["max_id"] >= data.meta["vocab_size"]:
+        problems.append(
+            f"it holds id {data.meta['max_id']}, outside its vocabulary of {data.meta['vocab_size']}; prepare it again"
+        )
     if len(data.splits["train"]) == 0:
         problems.append("the train split is empty; prepare more conversations")
     for name, split in data.splits.items():

@@ -1,0 +1,280 @@
+"""The programs from the outside: prepare, train, kill, resume, repeat, refuse."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import prepare_sft
+import train_sft
+from model_builder import load_pretrained
+from sft.errors import UserError
+from sft.tokenizer import load_tokenizer
+from tests.conftest import ROOT
+from tests.test_world import torchrun
+from tests.tiny_tokenizer import save_tiny_tokenizer
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "normalization": "rmsnorm", "position_encoding": "rope"}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A prepared folder of 60 short conversations, 48 tokens at most."""
+    folder = tmp_path_factory.mktemp("prepared")
+    words = ["the", "cat", "and", "hat", "sat", "on", "mat", "Paris", "France", "capital", "what", "is", "of"]
+    draw = random.Random(0)
+    with open(folder / "conversations.jsonl", "w") as file:
+        for _ in range(60):
+            prompt, completion = (" ".join(draw.choices(words, k=draw.randint(1, 6))) for _ in range(2))
+            file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+    tokenizer = save_tiny_tokenizer(folder)
+    prepare_sft.main(
+        [
+            f"--input={folder / 'conversations.jsonl'}",
+            f"--tokenizer={tokenizer}",
+            f"--out_dir={folder / 'data'}",
+            "--block_size=64",
+            "--val_fraction=0.2",
+        ]
+    )
+    return folder / "data"
+
+
+@pytest.fixture
+def arguments(prepared, tmp_path):
+    """Arguments of a short run from scratch, later ones winning over earlier ones."""
+
+    def make(**changes: object) -> list[str]:
+        settings = {
+            "sft_data_dir": prepared,
+            "out_dir": tmp_path / "out",
+            "model": SHAPE,
+            "block_size": 64,
+            "batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "max_iters": 4,
+            "learning_rate": 1e-2,
+            "min_lr": 1e-3,
+            "warmup_iters": 2,
+            "eval_interval": 5,
+            "log_interval": 1,
+            "save_interval": 10,
+            "device": "cpu",
+        }
+        return [f"--{name}={value}" for name, value in {**settings, **changes}.items()]
+
+    return make
+
+
+def run_log(folder: Path) -> dict:
+    """The newest run log of a folder."""
+    return json.loads(max(folder.glob("run_*.json")).read_text())
+
+
+def losses(log: dict) -> dict[int, float]:
+    return {record["iter"]: record["loss"] for record in log["training_iterations"]}
+
+
+def assert_equal_trees(one, two, where=""):
+    assert type(one) is type(two), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            assert_equal_trees(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(two), where
+        for place, pair in enumerate(zip(one, two, strict=True)):
+            assert_equal_trees(*pair, f"{where}[{place}]")
+    else:
+        assert one == two, where
+
+
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_killed_after_a_save_and_resumed_equals_one_that_was_not(arguments, tmp_path, processes):
+    """Bitwise in weights, optimizer and logged losses: with dropout, accumulation, an epoch's end and evaluations."""
+    options = {"max_iters": 20, "dropout": 0.1, "log_interval": 4}  # 10 is inside a log interval
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    torchrun(processes, ROOT / "train_sft.py", *arguments(**options, out_dir=whole))
+    killed = torchrun(
+        processes, ROOT / "tests" / "killed_run.py", 10, *arguments(**options, out_dir=broken), check=False
+    )
+    assert killed.returncode != 0
+    assert not (broken / "ckpt_000020.pt").exists()
+    before = losses(run_log(broken))
+    for path in broken.glob("run_*.json"):
+        path.unlink()
+    torchrun(processes, ROOT / "train_sft.py", *arguments(**options, out_dir=broken, resume="required"))
+
+    expected, got = (torch.load(folder / "ckpt_000020.pt", weights_only=True) for folder in (whole, broken))
+    assert expected["rows_seen"] == 20 * 2 * processes
+    assert expected["rows_seen"] > run_log(whole)["startup_info"]["rows_per_epoch"]  # an epoch has ended
+    for key in ("model", "optimizer", "best_val_loss", "val_loss", "iter_num", "rows_seen", "trained_tokens_seen"):
+        assert_equal_trees(got[key], expected[key], key)
+    resumed = run_log(broken)
+    assert {**before, **losses(resumed)} == losses(run_log(whole))
+    assert sorted(losses(resumed)) == [12, 16, 20]
+    assert [event["kind"] for event in resumed["events"]] == ["resumed"]
+
+
+def test_a_finished_run_leaves_its_log_its_checkpoints_and_its_tokenizer(arguments, tmp_path, prepared):
+    train_sft.main(arguments(max_iters=12, out_dir=tmp_path, keep_checkpoints=1))
+    log = run_log(tmp_path)
+    assert log["status"] == "finished"
+    assert log["config"]["learning_rate"] == 1e-2
+    assert log["origin"]["learning_rate"] == "command line"
+    assert log["origin"]["beta1"] == "default"
+    assert [record["iter"] for record in log["training_iterations"]] == list(range(1, 13))
+    assert [record["iter"] for record in log["eval_steps"]] == [0, 5, 10, 12]
+    assert log["eval_steps"][-1]["val_loss"] < log["eval_steps"][0]["val_loss"]
+    first = log["training_iterations"][0]
+    assert first["trained_tokens"] <= first["tokens"] <= 2 * 64
+    assert first["lr"] == pytest.approx(1e-2 / 3)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"ckpt_000012.pt", "ckpt.pt", "ckpt_best.pt", "tokenizer.json"} <= names
+    assert not {"ckpt_000005.pt", "ckpt_000010.pt"} & names
+
+    content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert content["config"]["max_iters"] == 12
+    assert content["tokenizer_fingerprint"] == load_tokenizer(tmp_path).fingerprint
+    model = load_pretrained(tmp_path / "ckpt.pt")
+    assert_equal_trees(dict(model.state_dict()), dict(content["model"]))
+
+
+def test_a_run_log_repeats_its_run(arguments, tmp_path):
+    train_sft.main(arguments(out_dir=tmp_path / "first", dropout=0.1))
+    log = next((tmp_path / "first").glob("run_*.json"))
+    train_sft.main([str(log), f"--out_dir={tmp_path / 'second'}"])
+    assert losses(run_log(tmp_path / "second")) == losses(run_log(tmp_path / "first"))
+
+
+def test_rows_per_step_fixes_the_product_and_max_epochs_the_length(arguments, tmp_path):
+    changes = {"gradient_accumulation_steps": "none", "max_iters": "none", "max_epochs": 2, "eval_interval": "none"}
+    train_sft.main(arguments(**changes, rows_per_step=4))
+    log = run_log(tmp_path / "out")
+    rows = log["startup_info"]["rows_per_epoch"]
+    assert log["startup_info"]["rows_per_step"] == 4
+    assert log["startup_info"]["steps"] == log["summary"]["iter"] == -(-2 * rows // 4)
+    with pytest.raises(UserError, match="rows_per_step=3 is no multiple of 2 rows x 1 ranks"):
+        train_sft.main(arguments(**changes, rows_per_step=3, batch_size=2, out_dir=tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"activation_checkpointing": True}, {"batch_size": 2, "gradient_accumulation_steps": 1}]
+)
+def test_memory_settings_do_not_change_the_trajectory(arguments, tmp_path, change):
+    plain, changed = tmp_path / "plain", tmp_path / "changed"
+    train_sft.main(arguments(out_dir=plain, dtype="float64"))
+    train_sft.main(arguments(out_dir=changed, dtype="float64", **change))
+    assert losses(run_log(changed)) == pytest.approx(losses(run_log(plain)), rel=1e-9)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_trajectory(arguments, tmp_path):
+    train_sft.main(arguments(out_dir=tmp_path / "plain"))
+    train_sft.main(arguments(out_dir=tmp_path / "compiled", compile=True))
+    assert losses(run_log(tmp_path / "compiled")) == pytest.approx(losses(run_log(tmp_path / "plain")), rel=1e-4)
+
+
+def test_a_base_with_a_smaller_vocabulary_grows_and_says_so(arguments, tmp_path, capsys):
+    base = {**SHAPE, "vocab_size": 400}
+    train_sft.main(arguments(model=base, out_dir=tmp_path / "base"))
+    content = torch.load(tmp_path / "base" / "ckpt.pt", weights_only=True)
+    small = {**content["model_args"], "vocab_size": 300}
+    model = {
+        name: tensor[:300] if name.startswith(("token_emb", "lm_head")) else tensor
+        for name, tensor in content["model"].items()
+    }
+    torch.save({"model": model, "model_args": small}, tmp_path / "small.pt")
+    capsys.readouterr()
+    train_sft.main(arguments(model="none", checkpoint_path=tmp_path / "small.pt"))
+    assert "vocabulary 300 -> " in capsys.readouterr().out
+    assert load_pretrained(tmp_path / "out" / "ckpt.pt").vocab_size > 300
+
+
+class TestRefusals:
+    """One clear message each, and nothing half-written."""
+
+    def refused(self, arguments: list[str], message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            train_sft.main(arguments)
+        assert caught.value.exit_status == 2
+
+    def test_a_plain_start_where_checkpoints_are(self, arguments, tmp_path):
+        train_sft.main(arguments())
+        self.refused(arguments(), r"already holds checkpoints, the newest is ckpt_000004\.pt; go on .* --resume=auto")
+        train_sft.main(arguments(resume="auto", max_iters=6))
+        assert run_log(tmp_path / "out")["summary"]["iter"] == 6
+
+    def test_a_required_resume_where_there_is_nothing(self, arguments):
+        self.refused(arguments(resume="required"), "holds no checkpoint to resume from")
+
+    def test_another_order_of_rows_on_resume(self, arguments, prepared, tmp_path):
+        train_sft.main(arguments())
+        other = tmp_path / "other_data"
+        shutil.copytree(prepared, other)
+        meta = json.loads((other / "meta.json").read_text())
+        meta["arrays"]["train_labels.npy"]["sha256"] = "0" * 64
+        (other / "meta.json").write_text(json.dumps(meta))
+        self.refused(
+            arguments(resume="auto", sft_data_dir=other, seed=5),
+            r"(?s)cannot be resumed.*sft_data_dir: .* other data.*seed: the run was started with 1337, not with 5",
+        )
+
+    def test_a_row_shorter_than_a_sample(self, arguments, tmp_path):
+        self.refused(arguments(block_size=16), r"the longest sample of train has \d+ tokens, block_size is 16")
+        assert not (tmp_path / "out").exists()
+
+    def test_data_of_another_tokenizer(self, arguments, prepared, tmp_path):
+        train_sft.main(arguments(out_dir=tmp_path / "base"))
+        other = tmp_path / "other_data"
+        shutil.copytree(prepared, other)
+        meta = json.loads((other / "meta.json").read_text())
+        meta["tokenizer_fingerprint"] = "f" * 64
+        (other / "meta.json").write_text(json.dumps(meta))
+        self.refused(
+            arguments(model="none", checkpoint_path=tmp_path / "base" / "ckpt.pt", sft_data_dir=other),
+            "prepared with another tokenizer",
+        )
+
+    def test_a_folder_that_cannot_be_written(self, arguments, tmp_path):
+        (tmp_path / "file").write_text("not a folder")
+        self.refused(arguments(out_dir=tmp_path / "file" / "out"), "cannot be written")
+
+    def test_settings_that_contradict_each_other_all_at_once(self, arguments):
+        wrong = {"max_epochs": 1, "checkpoint_path": "nowhere.pt", "min_lr": 1, "dropout": 1.5, "warmup_iters": -1}
+        sentences = [
+            "beta2 must be float, not 'nan'",
+            "set checkpoint_path or model: one of the two",
+            "checkpoint_path 'nowhere.pt' does not exist",
+            "set max_iters or max_epochs: one of the two",
+            "warmup_iters must be 0 or more, not -1",
+            "dropout must be at least 0 and below 1, not 1.5",
+            "min_lr 1.0 is above learning_rate 0.01",
+        ]
+        self.refused(arguments(**wrong, beta2="nan"), "(?s)" + ".*".join(map(re.escape, sentences)))
+
+    def test_more_positions_than_the_model_has_learned(self, arguments):
+        shape = {**SHAPE, "position_encoding": "learned_absolute", "block_size": 32}
+        self.refused(arguments(model=shape), "block_size 64 is beyond the 32 positions that the model has learned")
+
+    def test_a_checkpoint_without_the_state_of_a_run(self, arguments, tmp_path):
+        train_sft.main(arguments())
+        path = tmp_path / "out" / "ckpt_000004.pt"
+        content = torch.load(path, weights_only=True)
+        del content["optimizer"], content["rows_seen"]
+        torch.save(content, path)
+        self.refused(arguments(resume="auto"), "has no optimizer, rows_seen, so it cannot be resumed")
+
+    def test_ids_outside_the_vocabulary_in_the_prepared_data(self, arguments, prepared, tmp_path):
+        other = tmp_path / "other_data"
+        shutil.copytree(prepared, other)
+        meta = json.loads((other / "meta.json").read_text())
+        meta["max_id"] = meta["vocab_size"]
+        (other / "meta.json").write_text(json.dumps(meta))
+        self.refused(arguments(sft_data_dir=other), r"holds id \d+, outside its vocabulary")
