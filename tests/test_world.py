@@ -12,7 +12,7 @@ import torch
 from sft.errors import UserError
 from sft.world import World, join_world
 from tests.conftest import ROOT
-from tests.gradient_worker import LAYOUTS, gradients
+from tests.spread_worker import LAYOUTS, gradients, validation_loss
 from tests.tiny import CPU_WORLD
 
 
@@ -50,11 +50,13 @@ def test_one_process_gives_the_same_gradient_for_any_accumulation_and_packing(re
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_give_the_gradient_of_one(reference, tmp_path, processes):
-    torchrun(processes, ROOT / "tests" / "gradient_worker.py", tmp_path / "gradients.pt")
-    results = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    assert len(results) == 2 * 3 * len(LAYOUTS)
-    for key, got in results.items():
+def test_several_processes_give_the_gradient_and_the_validation_loss_of_one(reference, tmp_path, processes):
+    torchrun(processes, ROOT / "tests" / "spread_worker.py", tmp_path / "results.pt")
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
+    expected_loss = validation_loss(CPU_WORLD, batch_size=1)
+    assert results["validation_losses"] == {size: pytest.approx(expected_loss, rel=1e-6) for size in (1, 2, 3)}
+    assert len(results["gradients"]) == 2 * 3 * len(LAYOUTS)
+    for key, got in results["gradients"].items():
         dtype = torch.float64 if key.startswith("float64") else torch.float32
         assert_same_gradients(got, reference[dtype], dtype)
 

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+import torch
+
+from sft.evaluation import Validation
+from sft.step import SummedLoss
+from tests.spread_worker import BLOCK_SIZE, LENGTHS, samples_of, validation_loss
+from tests.tiny import CPU_WORLD, random_documents, tiny_model
+
+
+def validation(**changes):
+    samples = samples_of(random_documents(LENGTHS, trained_share=0.4, seed=5))
+    choices = {"block_size": BLOCK_SIZE, "batch_size": 2, "pad_id": 0, "seed": 1, "limit": None, **changes}
+    return Validation(samples, **choices)
+
+
+def test_the_loss_does_not_depend_on_the_batch_size():
+    expected = validation_loss(CPU_WORLD, batch_size=1)
+    for batch_size in (2, 3, 100):
+        assert validation_loss(CPU_WORLD, batch_size=batch_size) == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_sample_counts_once():
+    rows = validation().rows
+    assert sorted(np.concatenate(rows).tolist()) == list(range(len(LENGTHS)))
+
+
+def test_a_limit_takes_the_first_rows_of_the_shuffled_order():
+    everything, some = validation().rows, validation(limit=3).rows
+    assert [row.tolist() for row in some] == [row.tolist() for row in everything[:3]]
+    assert len(validation(limit=1000).rows) == len(everything)
+
+
+def test_evaluation_is_the_mean_over_trained_tokens_without_dropout():
+    model = tiny_model(dropout=0.5)
+    documents = random_documents(LENGTHS, trained_share=0.4, seed=5)
+    model.eval()
+    loss_sum = tokens = 0.0
+    for document in documents:
+        logits = model(torch.from_numpy(document.input_ids)[None])[0, :-1]
+        labels = torch.from_numpy(document.labels)[1:]
+        loss_sum += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        tokens += (labels != -100).sum().item()
+    result = validation().evaluate(SummedLoss(model.train()), CPU_WORLD)
+    assert result.loss == pytest.approx(loss_sum / tokens, rel=1e-5)
+    assert (result.trained_tokens, result.rows) == (tokens, len(validation().rows))
+
+
+def test_evaluation_leaves_the_generators_and_the_training_mode_alone():
+    loss_module = SummedLoss(tiny_model(dropout=0.5))
+    state = torch.get_rng_state()
+    for training in (True, False):
+        loss_module.train(training)
+        validation().evaluate(loss_module, CPU_WORLD)
+        assert loss_module.training is training
+    assert torch.equal(torch.get_rng_state(), state)
