@@ -62,6 +62,8 @@ class ConfigurableGPT(nn.Module):
         positions (B, T) count from 0 in each document, which is also what None means. With a cache, one entry per
         block, ids are the newest tokens of rows whose earlier ones it holds; documents then covers those too.
         """
+        if documents is not None:
+            documents.prepare()
         if positions is None:
             positions = documents.positions if documents is not None else self._counted(ids, cache)
         x = self.token_embeddings(ids)

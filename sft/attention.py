@@ -33,6 +33,10 @@ class Documents:
         same = self.ids[:, S - T :, None] == self.ids[:, None, :]
         return (same & causal)[:, None]
 
+    def prepare(self) -> None:
+        """Compute what the layers share now: inside torch.compile the first access would break the graph."""
+        _ = self.mask
+
     @cached_property
     def positions(self) -> Tensor:
         """(B, T): each asking token's place in its own document, from 0."""

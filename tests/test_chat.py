@@ -4,40 +4,25 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 
 from sft.chatml import render
 from sft.errors import UserError
 from sft.records import Conversation, Message
-from sft.tokenizer import Tokenizer, load_tokenizer
+from sft.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 from tests.tiny import tiny_model
+from tests.tiny_tokenizer import save_tiny_tokenizer
 from tools import chat
 
 FIRST, SECOND = "Grüße!", "done"
-
-
-def byte_tokenizer(
-    folder: Path, *, controls: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-) -> Tokenizer:
-    """A vocabulary of the 256 bytes and the control tokens, in folder/tokenizer.json."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    library = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens(list(controls))
-    folder.mkdir(exist_ok=True)
-    library.save(str(folder / "tokenizer.json"))
-    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder: a model that has learned one dialogue of two turns by heart, and its tokenizer."""
     folder = tmp_path_factory.mktemp("run")
-    tokenizer = byte_tokenizer(folder)
+    tokenizer = load_tokenizer(save_tiny_tokenizer(folder))
     turns = [("user", "hi"), ("assistant", FIRST), ("user", "go"), ("assistant", SECOND)]
     sample = render(Conversation(tuple(Message(role, content) for role, content in turns)), tokenizer)
     ids, labels = torch.tensor([sample.input_ids]), torch.tensor([sample.labels])
@@ -95,9 +80,9 @@ def test_a_character_is_shown_once_its_bytes_are_complete(capsys: pytest.Capture
 
 
 def test_another_tokenizer_is_refused(run: Path, tmp_path: Path):
-    other = byte_tokenizer(tmp_path, controls=("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
+    other = save_tiny_tokenizer(tmp_path, control=["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
     with pytest.raises(UserError, match=f"not the tokenizer that {run / 'ckpt.pt'} was trained with"):
-        chat.main([str(run / "ckpt.pt"), "--prompt=hi", f"--tokenizer={other.files[0]}"])
+        chat.main([str(run / "ckpt.pt"), "--prompt=hi", f"--tokenizer={other}"])
 
 
 def test_bad_settings_and_files_are_refused_before_the_model_is_read(tmp_path: Path):

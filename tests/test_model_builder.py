@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from model_builder import ConfigurableGPT
 from model_config import parameter_count
@@ -161,6 +162,18 @@ def test_each_dropout_rate_reaches_its_place_in_training_only():
     assert 0.4 < (seen[0] == 0).float().mean() < 0.6  # of the embeddings
 
 
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_both_halves_of_a_block_pass_through_the_residual_dropout(norm_position: str):
+    block = lively(norm_position=norm_position).blocks[0]
+    dropped: list[Tensor] = []
+    block.residual_dropout.register_forward_pre_hook(lambda module, inputs: dropped.append(inputs[0]))
+    halves: list[Tensor] = []
+    for half in (block.attn, block.ffn):
+        half.register_forward_hook(lambda module, inputs, output: halves.append(output))
+    block(torch.randn(1, 6, 32), None, None, None)
+    assert [id(x) for x in dropped] == [id(x) for x in halves]
+
+
 def test_set_dropout_changes_all_three_rates_and_the_config():
     model = lively(dropout=0.5, attention_dropout=0.3, residual_dropout=0.1).train()
     model.set_dropout(0.0)
@@ -264,6 +277,19 @@ def test_rotation_keeps_far_positions_apart_in_bf16():
     far = torch.arange(40_000, 40_000 + IDS.shape[1])[None]
     near, moved = model(IDS).float(), model(IDS, far).float()
     assert (near - moved).norm() < 0.1 * near.norm()  # attention depends on distances only
+
+
+def test_all_blocks_and_steps_share_one_graph_without_breaks():
+    torch._dynamo.reset()
+    counters.clear()
+    model = lively(n_layer=3, dropout=0.1).train()
+    for block in model.blocks:
+        block.compile(backend="eager")
+    for _ in range(3):
+        model(IDS, documents=documents()).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert not counters["recompiles"]
 
 
 @pytest.mark.slow
