@@ -1,9 +1,15 @@
+import json
 import os
+import random
 from pathlib import Path
 
 import pytest
 
+import prepare_sft
+from tests.tiny_tokenizer import save_tiny_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "normalization": "rmsnorm", "position_encoding": "rope"}
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +19,52 @@ def shared() -> Path:
     if not (folder / "oracles").is_dir():
         pytest.skip(f"no expected results at {folder}; set SFT_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """A prepared folder of 60 short conversations, 48 tokens at most."""
+    folder = tmp_path_factory.mktemp("prepared")
+    words = ["the", "cat", "and", "hat", "sat", "on", "mat", "Paris", "France", "capital", "what", "is", "of"]
+    draw = random.Random(0)
+    with open(folder / "conversations.jsonl", "w") as file:
+        for _ in range(60):
+            prompt, completion = (" ".join(draw.choices(words, k=draw.randint(1, 6))) for _ in range(2))
+            file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+    tokenizer = save_tiny_tokenizer(folder)
+    prepare_sft.main(
+        [
+            f"--input={folder / 'conversations.jsonl'}",
+            f"--tokenizer={tokenizer}",
+            f"--out_dir={folder / 'data'}",
+            "--block_size=64",
+            "--val_fraction=0.2",
+        ]
+    )
+    return folder / "data"
+
+
+@pytest.fixture
+def arguments(prepared, tmp_path):
+    """Arguments of a short run from scratch, later ones winning over earlier ones."""
+
+    def make(**changes: object) -> list[str]:
+        settings = {
+            "sft_data_dir": prepared,
+            "out_dir": tmp_path / "out",
+            "model": SHAPE,
+            "block_size": 64,
+            "batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "max_iters": 4,
+            "learning_rate": 1e-2,
+            "min_lr": 1e-3,
+            "warmup_iters": 2,
+            "eval_interval": 5,
+            "log_interval": 1,
+            "save_interval": 10,
+            "device": "cpu",
+        }
+        return [f"--{name}={value}" for name, value in {**settings, **changes}.items()]
+
+    return make

@@ -1,7 +1,6 @@
 """The programs from the outside: prepare, train, kill, resume, repeat, refuse."""
 
 import json
-import random
 import re
 import shutil
 from pathlib import Path
@@ -9,65 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import prepare_sft
 import train_sft
 from model_builder import load_pretrained
 from sft.errors import UserError
 from sft.tokenizer import load_tokenizer
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHAPE
 from tests.test_world import torchrun
-from tests.tiny_tokenizer import save_tiny_tokenizer
-
-SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "normalization": "rmsnorm", "position_encoding": "rope"}
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    """A prepared folder of 60 short conversations, 48 tokens at most."""
-    folder = tmp_path_factory.mktemp("prepared")
-    words = ["the", "cat", "and", "hat", "sat", "on", "mat", "Paris", "France", "capital", "what", "is", "of"]
-    draw = random.Random(0)
-    with open(folder / "conversations.jsonl", "w") as file:
-        for _ in range(60):
-            prompt, completion = (" ".join(draw.choices(words, k=draw.randint(1, 6))) for _ in range(2))
-            file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
-    tokenizer = save_tiny_tokenizer(folder)
-    prepare_sft.main(
-        [
-            f"--input={folder / 'conversations.jsonl'}",
-            f"--tokenizer={tokenizer}",
-            f"--out_dir={folder / 'data'}",
-            "--block_size=64",
-            "--val_fraction=0.2",
-        ]
-    )
-    return folder / "data"
-
-
-@pytest.fixture
-def arguments(prepared, tmp_path):
-    """Arguments of a short run from scratch, later ones winning over earlier ones."""
-
-    def make(**changes: object) -> list[str]:
-        settings = {
-            "sft_data_dir": prepared,
-            "out_dir": tmp_path / "out",
-            "model": SHAPE,
-            "block_size": 64,
-            "batch_size": 1,
-            "gradient_accumulation_steps": 2,
-            "max_iters": 4,
-            "learning_rate": 1e-2,
-            "min_lr": 1e-3,
-            "warmup_iters": 2,
-            "eval_interval": 5,
-            "log_interval": 1,
-            "save_interval": 10,
-            "device": "cpu",
-        }
-        return [f"--{name}={value}" for name, value in {**settings, **changes}.items()]
-
-    return make
 
 
 def run_log(folder: Path) -> dict:
