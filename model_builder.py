@@ -206,13 +206,14 @@ class Attention(nn.Module):
         super().__init__()
         D, H, G, C = config.n_embd, config.n_head, config.key_heads, config.head_size
         self.query_rows, self.key_rows, self.head_size = H * C, G * C, C
+        self.grouped = G < H
         self.interleaved = config.rope_layout == "interleaved"
         self.dropout = config.attention_dropout_rate
-        if G == H:
-            self.c_attn = nn.Linear(D, 3 * H * C, bias=config.bias)  # rows: queries, keys, values
-        else:
+        if self.grouped:
             self.c_q = nn.Linear(D, H * C, bias=config.bias)
             self.c_kv = nn.Linear(D, 2 * G * C, bias=config.bias)  # rows: keys, values
+        else:
+            self.c_attn = nn.Linear(D, 3 * H * C, bias=config.bias)  # rows: queries, keys, values
         self.c_proj = nn.Linear(H * C, D, bias=config.bias)
         self.q_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else nn.Identity()
@@ -221,10 +222,10 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: Rotary | None, documents: Documents | None, cache: KeyValueCache | None
     ) -> Tensor:
         B, T, _ = x.shape
-        if hasattr(self, "c_attn"):
-            q, k, v = self.c_attn(x).split([self.query_rows, self.key_rows, self.key_rows], dim=-1)
-        else:
+        if self.grouped:
             q, (k, v) = self.c_q(x), self.c_kv(x).split(self.key_rows, dim=-1)
+        else:
+            q, k, v = self.c_attn(x).split(self.query_rows, dim=-1)
         q = self.q_norm(q.view(B, T, -1, self.head_size))  # (B, T, H, C)
         k = self.k_norm(k.view(B, T, -1, self.head_size))  # (B, T, G, C)
         v = v.view(B, T, -1, self.head_size)

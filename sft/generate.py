@@ -93,6 +93,7 @@ def generate(
     The chance of each prompt's each token is fixed by the seed and the number of prompts, whatever is batched with it.
     Raises UserError for a prompt beyond the model's learned positions.
     """
+    _check_lengths(model, prompts)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     chance = _chance(max_new_tokens, len(prompts), seed)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -126,6 +127,7 @@ def stream(
     seed: int = 0,
 ) -> Iterator[int]:
     """The ids that generate gives for this one prompt, each as soon as it is chosen; a stop id, which ends it, too."""
+    _check_lengths(model, [prompt])
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     chance = _chance(max_new_tokens, 1, seed)
     for _, tokens in _decode(
@@ -137,6 +139,13 @@ def stream(
 def _chance(steps: int, rows: int, seed: int) -> Tensor:
     """Uniform numbers (steps, rows), drawn apart from the global generator, which training uses."""
     return torch.rand((steps, rows), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _check_lengths(model: GeneratingModel, prompts: Sequence[Sequence[int]]) -> None:
+    assert all(len(prompt) > 0 for prompt in prompts), "a prompt has at least one token"
+    limit = model.position_limit
+    if too_long := [len(prompt) for prompt in prompts if limit is not None and len(prompt) > limit]:
+        raise listed(f"the model has {limit} positions:", [f"a prompt has {count} tokens" for count in too_long])
 
 
 def _room(model: GeneratingModel, prompt: Sequence[int], max_new_tokens: int) -> int:
@@ -164,10 +173,7 @@ def _decode(
     chance: Tensor,
 ) -> Iterator[tuple[list[int], list[int]]]:
     """At each step the prompts that still speak and what each says next."""
-    assert all(len(prompt) > 0 for prompt in prompts), "a prompt has at least one token"
     room = [_room(model, prompt, max_new_tokens) for prompt in prompts]
-    if too_long := [len(prompt) for prompt, left in zip(prompts, room, strict=True) if left < 1 <= max_new_tokens]:
-        raise listed(f"the model has {model.position_limit} positions:", [f"a prompt has {n} tokens" for n in too_long])
     was_training = model.training
     model.train(False)
     try:

@@ -63,6 +63,17 @@ def test_changing_one_document_leaves_the_others_bit_identical(dtype: torch.dtyp
     assert after.isfinite().all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_a_gpu_computes_the_definition(key_heads: int, dtype: torch.dtype, tolerance: float):
+    inputs = random_heads(key_heads)
+    expected = definition(*inputs, IDS)
+    on_gpu = (x.detach().to("cuda", dtype) for x in inputs)
+    ours = causal_attention(*on_gpu, documents=Documents(IDS.cuda()), dropout=0.0)
+    torch.testing.assert_close(ours.double().cpu(), expected.detach(), rtol=tolerance, atol=tolerance)
+
+
 def test_queries_may_be_the_last_of_the_positions():
     q, k, v = random_heads(2)
     for ids in (IDS, None):

@@ -146,7 +146,7 @@ def test_learned_positions_end_an_answer_and_that_is_said():
     assert all(answer.out_of_positions and not answer.stopped for answer in answers)
     assert not generate(model, [short], max_new_tokens=8, stop_ids=NEVER)[0].out_of_positions
     with pytest.raises(
-        UserError, match="the model has 10 positions:\n  a prompt has 11 tokens\n  a prompt has 12 tokens"
+        UserError, match="the model has 10 positions:\n  a prompt has 12 tokens\n  a prompt has 11 tokens"
     ):
         generate(model, [short, [1] * 12, [1] * 11], max_new_tokens=1, stop_ids=NEVER)
 
