@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from sft.arrays import SPLITS, PreparedWriter, sha256_of
-from sft.chatml import NOT_TRAINED, Sample, cut, render_batch
+from sft.arrays import NOT_TRAINED, SPLITS, PreparedWriter, sha256_of
+from sft.chatml import Sample, cut, render_batch
 from sft.config import Resolved, load_settings, to_dict
 from sft.errors import EXIT_FAILED, UserError, listed, run_program
-from sft.records import Conversation, Message, Problems, read_conversations
+from sft.records import BadRecord, Conversation, Message, Problems, read_conversations, text_of
 from sft.tokenizer import Tokenizer, load_tokenizer
 
 # Conversations are rendered so many at a time, or fewer where they are long: what memory use is bounded by.
@@ -50,6 +50,10 @@ class PrepareSettings:
             yield "block_size", f"block_size must be at least 2, not {self.block_size}"
         if self.max_samples is not None and self.max_samples < 1:
             yield "max_samples", f"max_samples must be at least 1 or None, not {self.max_samples}"
+        try:
+            text_of(self.system_prompt or "", "system_prompt")
+        except BadRecord as error:
+            yield "system_prompt", str(error)
 
 
 ELSEWHERE = {
@@ -170,8 +174,8 @@ class Preparation:
         return min(BATCH_CONVERSATIONS, self.settings.max_samples - self.ledger.conversations["kept"])
 
     def enter_batch(self, batch: list[Conversation]) -> None:
-        batch = [with_system_prompt(conversation, self.settings.system_prompt) for conversation in batch]
-        for conversation, sample in zip(batch, render_batch(batch, self.tokenizer), strict=True):
+        to_render = [with_system_prompt(conversation, self.settings.system_prompt) for conversation in batch]
+        for conversation, sample in zip(batch, render_batch(to_render, self.tokenizer), strict=True):
             self.records[conversation.source] += 1
             self.ledger.enter(sample, spells_control=any(map(self.tokenizer.spells_control, contents(conversation))))
             fitted = self.fit(conversation, sample)

@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 DTYPES = {"input_ids": "<i4", "labels": "<i4", "offsets": "<i8", "targets": "<f8", "origins": "<i8", "weights": "<f4"}
 WRITTEN = ("input_ids", "labels", "offsets", "targets", "origins")
-NOT_TRAINED = -100
+NOT_TRAINED = -100  # the label of a token that is not trained
 AGAIN = "run prepare_sft.py again"
 
 
@@ -122,7 +122,7 @@ class PreparedWriter:
         }
         path = self.folder / "meta.json"
         with open(partial_of(path), "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1, ensure_ascii=False, allow_nan=False)
+            json.dump(meta, file, indent=1, allow_nan=False)
             file.write("\n")
             into_place(file, partial_of(path), path)
         self.finished = True

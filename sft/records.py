@@ -24,8 +24,8 @@ UNREAD_RECORD_KEYS = ("tools", "functions")
 UNREAD_EXCHANGE_KEYS = ("history", "context")
 UNREAD_MESSAGE_KEYS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "weight", "train")
 
-# The regular expressions of tokenizers give up on longer runs of white space (tiktoken at 999,999).
-LONGEST_BLANK = 500_000
+# The regular expressions of tokenizers give up on long runs of white space (tiktoken at 999,999); two may be joined.
+LONGEST_BLANK = 400_000
 BLANK = re.compile(rf"\s{{{LONGEST_BLANK + 1}}}")
 
 FIRST_BYTES = {

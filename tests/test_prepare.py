@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import prepare_sft
-from prepare_sft import is_validation
+from prepare_sft import is_validation, with_system_prompt
 from sft.arrays import open_prepared, verify_checksums
 from sft.errors import UserError
 from sft.records import Conversation, Message
@@ -174,6 +174,13 @@ def test_a_system_prompt_goes_where_there_is_none(prepare, tokenizer_file):
     first, second, third = texts(data, "train", tokenizer_file)
     assert first.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhat<|im_end|>")
     assert "Be brief" not in second + third
+    assert with_system_prompt(Conversation((), "plain"), "Be brief.") == Conversation((), "plain")
+
+
+def test_a_system_prompt_leaves_the_split_as_it_was(prepare):
+    without = prepare(MANY, out="a", val_fraction=0.3)
+    with_one = prepare(MANY, out="b", val_fraction=0.3, system_prompt="Be brief.")
+    assert with_one.splits["val"].origins.tolist() == without.splits["val"].origins.tolist()
 
 
 def test_max_samples_counts_what_is_kept_in_order(prepare):
@@ -244,6 +251,7 @@ def test_the_tokenizer_in_out_dir_can_be_used_again(prepare, tmp_path):
         ({"val_fraction": 1.0}, "command line: val_fraction must be at least 0 and below 1"),
         ({"block_size": 1}, "command line: block_size must be at least 2"),
         ({"max_samples": 0}, "command line: max_samples must be at least 1"),
+        ({"system_prompt": "\ud800"}, "command line: system_prompt holds half a character"),
         ({"too_long": "truncate"}, "too_long must be 'drop' | 'cut' | 'error', not 'truncate'"),
         ({"max_seq_length": 5}, "the longest sample is block_size"),
         ({"input": "none.jsonl"}, "none.jsonl: no such file"),
