@@ -13,7 +13,7 @@ from model_builder import load_pretrained
 from sft.errors import UserError
 from sft.tokenizer import load_tokenizer
 from tests.conftest import ROOT, SHAPE
-from tests.test_world import torchrun
+from tests.launch import torchrun
 
 
 def run_log(folder: Path) -> dict:

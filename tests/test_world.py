@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,18 +9,9 @@ import torch
 from sft.errors import UserError
 from sft.world import World, join_world
 from tests.conftest import ROOT
+from tests.launch import torchrun
 from tests.spread_worker import LAYOUTS, gradients, validation_loss
 from tests.tiny import CPU_WORLD
-
-
-def torchrun(processes, *arguments, check=True):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, *map(str, arguments)], check=False, capture_output=True, text=True, env=environment, cwd=ROOT
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")

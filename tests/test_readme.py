@@ -1,0 +1,101 @@
+"""Every command of the README runs, on stand-ins of what it names and at a reduced size."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import prepare_sft
+from model_builder import ConfigurableGPT
+from model_config import ModelArchitectureConfig
+from sft.tokenizer import load_tokenizer
+from tests.conftest import ROOT, SHAPE
+from tests.launch import torchrun
+from tests.test_house import readme_commands
+from tests.tiny_tokenizer import save_tiny_tokenizer
+
+pytestmark = pytest.mark.slow
+
+SMALL = ["--max_iters=2", "--max_epochs=none", "--warmup_iters=1", "--eval_interval=1", "--log_interval=1"]
+SMALL += ["--device=cpu", "--dtype=float32", "--compile=false"]
+NAMED_LOG = "run_20250101_120000.json"
+
+
+def write_conversations(*paths: Path) -> None:
+    lines = [json.dumps({"question": f"what is the cat {n}", "answer": f"the cat sat on {n}"}) for n in range(40)]
+    for path in paths:
+        path.write_text("\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]")
+
+
+def save_base(path: Path, vocab_size: int) -> None:
+    config = ModelArchitectureConfig.from_dict({**SHAPE, "vocab_size": vocab_size, "block_size": 2048})
+    path.parent.mkdir(parents=True)
+    torch.save({"model": ConfigurableGPT(config).state_dict(), "model_args": config.to_dict()}, path)
+
+
+def save_published(folder: Path, vocab_size: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Qwen3Config(**shape, num_key_value_heads=1, head_dim=16, vocab_size=vocab_size)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A current folder with everything that the README's commands name."""
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        (folder / "configs").symlink_to(ROOT / "configs")
+        write_conversations(*map(Path, ("conversations.jsonl", "first.jsonl", "second.json")))
+        vocab_size = load_tokenizer(save_tiny_tokenizer(folder)).vocab_size
+        save_base(Path("out/qwen3-1.8b-base/ckpt.pt"), vocab_size)
+        save_base(Path("out/demo-base/ckpt.pt"), vocab_size)
+        save_published(Path("checkpoints/Qwen3-0.6B"), vocab_size)
+        for out_dir in ("data/demo-sft", "data/sft-qwen3"):
+            arguments = ["--input=conversations.jsonl", "--tokenizer=tokenizer.json", f"--out_dir={out_dir}"]
+            prepare_sft.main([*arguments, "--block_size=64", "--val_fraction=0.2"])
+        yield folder
+
+
+def out_dir_of(argv: list[str]) -> Path:
+    from sft.config import load_settings
+    from train_sft import TrainSettings
+
+    return Path(load_settings(TrainSettings, argv).settings.out_dir)
+
+
+def train(command: list[str], argv: list[str]) -> None:
+    """Run a training command with fewer steps and at most two processes; a plain start finds an empty out_dir."""
+    resumes = any(word.startswith("--resume") for word in argv)
+    argv = [*argv, *SMALL, *(["--max_iters=3"] if resumes else [])]
+    out_dir = out_dir_of(argv)
+    if not resumes:
+        shutil.rmtree(out_dir, ignore_errors=True)
+    if command[0] == "torchrun":
+        torchrun(2, ROOT / "train_sft.py", *argv, cwd=Path.cwd())
+    else:
+        importlib.import_module("train_sft").main(argv)
+    log = max(out_dir.glob("run_*.json"), key=lambda path: path.stat().st_mtime)
+    assert json.loads(log.read_text())["status"] == "finished"
+    if not (out_dir / NAMED_LOG).exists():
+        shutil.copyfile(log, out_dir / NAMED_LOG)
+    shutil.copytree(out_dir, "out/mine", dirs_exist_ok=True)  # for chat
+
+
+@pytest.mark.parametrize("command", [c for c in readme_commands() if c[0] != "make"], ids=" ".join)
+def test_every_command_of_the_readme_runs(workplace, command, capsys):
+    script = next(place for place, word in enumerate(command) if word.endswith(".py"))
+    argv = command[script + 1 :]
+    if command[script] == "train_sft.py":
+        train(command, argv)
+    elif command[script] == "tools/chat.py":
+        from tools import chat
+
+        chat.main([*argv, "--prompt=what is the cat", "--max_new_tokens=8"])
+        assert capsys.readouterr().out.endswith("\n")
+    else:
+        importlib.import_module(command[script].removesuffix(".py").replace("/", ".")).main(argv)
