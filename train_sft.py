@@ -29,8 +29,14 @@ from sft.packing import RowStream
 from sft.progress import Totals
 from sft.run import Run
 from sft.run_log import RunLog
-from sft.startup import ResumeChoice, open_training_data, prepare_out_dir, read_saved_state, refuse_other_tokenizer
-from sft.tokenizer import load_tokenizer
+from sft.startup import (
+    ResumeChoice,
+    copy_tokenizer,
+    open_training_data,
+    prepare_out_dir,
+    read_saved_state,
+    refuse_other_tokenizer,
+)
 from sft.world import DeviceChoice, World, join_world
 
 ABOVE_ZERO = (
@@ -161,6 +167,7 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
     settings = resolved.settings
     data = world.together(lambda: open_training_data(settings.sft_data_dir, block_size=settings.block_size))
     resume_path = world.on_main(lambda: prepare_out_dir(Path(settings.out_dir), resume=settings.resume))
+    world.on_main(lambda: copy_tokenizer(data, Path(settings.out_dir)))
     model = world.together(lambda: build_model(settings, data, resume_path, world)).to(world.device)
     loader = world.together(lambda: build_loader(settings, data, world))
     steps = settings.steps(rows_per_epoch=loader.stream.rows_per_epoch, rows_per_step=loader.rows_per_step)
@@ -323,7 +330,7 @@ def announce(
     *,
     steps: int,
 ) -> None:
-    """Say what is about to happen; copy the tokenizer to where the checkpoints will be."""
+    """Say what is about to happen."""
     world, stream, rows = run.world, run.loader.stream, run.loader.rows_per_step
     on_gpu = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if on_gpu else "CPU"
@@ -358,8 +365,6 @@ def announce(
     )
     if resume_path is not None:
         run.journal.event("resumed", iter=run.iter_num, path=str(resume_path))
-    if world.is_main:
-        load_tokenizer(data.folder).copy_to(settings.out_dir)
 
 
 if __name__ == "__main__":

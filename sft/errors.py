@@ -36,6 +36,9 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         if speaks:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_status)
+    except BrokenPipeError:  # who reads our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
         if speaks:
             print("interrupted", file=sys.stderr, flush=True)

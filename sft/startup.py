@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -90,3 +91,12 @@ def refuse_other_tokenizer(checkpoint: Path, data: PreparedData) -> None:
             f"{data.folder}: prepared with another tokenizer ({ours[:12]}) than {checkpoint} was trained with "
             f"({theirs[:12]}); prepare it again with the tokenizer files beside that checkpoint"
         )
+
+
+def copy_tokenizer(data: PreparedData, out_dir: Path) -> None:
+    """Put the tokenizer's files beside the checkpoints, where chat and export look for them."""
+    for name in data.meta["tokenizer_files"]:
+        try:
+            shutil.copyfile(data.folder / name, out_dir / name)
+        except OSError as error:
+            raise UserError(f"{data.folder / name}: cannot be copied to {out_dir} ({error.strerror})") from error

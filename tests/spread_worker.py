@@ -58,16 +58,18 @@ def samples_of(documents: list[Document]) -> Samples:
     return Samples(ids, labels, offsets, targets, np.zeros((len(documents), 3), np.int64), weights=None)
 
 
-def validation_loss(world: World, *, batch_size: int, limit: int | None = None) -> float:
+def validation_loss(world: World, *, batch_size: int) -> tuple[float, int]:
+    """(mean loss, trained tokens counted)"""
     validation = Validation(
         samples_of(random_documents(LENGTHS, trained_share=0.4, seed=5)),
         block_size=BLOCK_SIZE,
         batch_size=batch_size,
         pad_id=0,
         seed=1,
-        limit=limit,
+        limit=None,
     )
-    return validation.evaluate(SummedLoss(tiny_model(dropout=0.1)), world).loss
+    result = validation.evaluate(SummedLoss(tiny_model(dropout=0.1)), world)
+    return result.loss, result.trained_tokens
 
 
 def main(path: str) -> None:

@@ -41,8 +41,8 @@ def test_one_process_gives_the_same_gradient_for_any_accumulation_and_packing(re
 def test_several_processes_give_the_gradient_and_the_validation_loss_of_one(reference, tmp_path, processes):
     torchrun(processes, ROOT / "tests" / "spread_worker.py", tmp_path / "results.pt")
     results = torch.load(tmp_path / "results.pt", weights_only=True)
-    expected_loss = validation_loss(CPU_WORLD, batch_size=1)
-    assert results["validation_losses"] == {size: pytest.approx(expected_loss, rel=1e-6) for size in (1, 2, 3)}
+    loss, trained_tokens = validation_loss(CPU_WORLD, batch_size=1)
+    assert results["validation_losses"] == {size: (pytest.approx(loss, rel=1e-6), trained_tokens) for size in (1, 2, 3)}
     assert len(results["gradients"]) == 2 * 3 * len(LAYOUTS)
     for key, got in results["gradients"].items():
         dtype = torch.float64 if key.startswith("float64") else torch.float32
