@@ -123,8 +123,12 @@ def join_world(choice: DeviceChoice = "auto", *, timeout_minutes: float = 30.0) 
     else:
         device = torch.device("cpu")
     if size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        on_gpu = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=device if on_gpu else None,
+        )
     try:
         yield World(rank=rank, size=size, device=device)
     finally:

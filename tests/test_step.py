@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import json
 import shutil
@@ -112,3 +113,29 @@ def test_bf16_autocast_keeps_fp32_weights_and_an_fp32_loss():
     assert loss.item() == pytest.approx(SummedLoss(model)(batch).item(), rel=2e-2)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+class Synchronised(SummedLoss):
+    """Notes for each micro-batch whether its backward would all-reduce, as DDP decides it: by the forward's context."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.syncs, self.notes = True, []
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        self.syncs = False
+        yield
+        self.syncs = True
+
+    def forward(self, batch):
+        self.notes.append(self.syncs)
+        return super().forward(batch)
+
+
+def test_only_the_last_micro_batch_is_all_reduced():
+    documents = random_documents([20, 30, 40])
+    batches = [make_batch([[document]], block_size=64, pad_id=0) for document in documents]
+    loss_module = Synchronised(tiny_model())
+    accumulate_gradients(loss_module, iter(batches), target_weight=target_weight(documents), world=CPU_WORLD)
+    assert loss_module.notes == [False, False, True]
