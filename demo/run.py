@@ -29,6 +29,7 @@ from sft.records import Message
 from sft.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+CURVES = (("training", "training_iterations", "loss"), ("validation", "eval_steps", "val_loss"))
 MADE_HERE = ".made_by_demo"  # in every folder that the demo may delete
 
 
@@ -237,7 +238,7 @@ def draw_losses(run_folders: Sequence[Path], picture: Path) -> None:
     figure, panels = pyplot.subplots(1, len(run_folders), figsize=(5 * len(run_folders), 3.5), layout="constrained")
     for panel, folder in zip(panels, run_folders, strict=True):
         log = json.loads(max(folder.glob("run_*.json")).read_text(encoding="utf-8"))
-        for label, records, name in (("training", "training_iterations", "loss"), ("validation", "eval_steps", "val_loss")):
+        for label, records, name in CURVES:
             panel.plot([r["iter"] for r in log[records]], [r[name] for r in log[records]], label=label, marker=".")
         panel.set(title=folder.name, xlabel="step", ylabel="loss per trained token")
         panel.legend()

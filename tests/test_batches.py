@@ -1,7 +1,10 @@
 import numpy as np
+import pytest
 import torch
 
-from sft.batches import MASKED, Document, dropout_seed, make_batch
+from sft.batches import MASKED, Document, TrainLoader, dropout_seed, make_batch
+from sft.packing import RowStream
+from tests.spread_worker import samples_of
 from tests.tiny import random_documents
 
 
@@ -47,3 +50,34 @@ def test_dropout_seeds_differ_between_seeds_steps_and_micro_batches():
     seeds = {dropout_seed(seed, step, micro) for seed in range(3) for step in range(5) for micro in range(4)}
     assert len(seeds) == 60
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def loader(rank, world_size, *, rows_per_step=6):
+    samples = samples_of(random_documents([7, 12, 3, 9, 12, 5, 8, 11, 4, 10]))
+    stream = RowStream(samples.lengths, block_size=12, seed=0)
+    sizes = {"batch_size": 1, "rows_per_step": rows_per_step, "rank": rank, "world_size": world_size}
+    return TrainLoader(samples, stream, **sizes, pad_id=0, seed=0, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_ranks_share_the_rows_of_a_step_and_each_keeps_its_dropout(world_size):
+    def content(batches):
+        return [(batch.input_ids.tolist(), batch.dropout_seed) for batch in batches]
+
+    alone = loader(0, 1).step(3, rows_seen=18)
+    shared = [loader(rank, world_size).step(3, rows_seen=18) for rank in range(world_size)]
+    assert {step.target_weight for step in shared} == {alone.target_weight}
+    shares = [content(step.batches) for step in shared]
+    assert [share[m] for m in range(6 // world_size) for share in shares] == content(alone.batches)
+
+
+def test_the_normaliser_of_a_step_is_the_number_of_its_trained_tokens():
+    step = loader(0, 1).step(0, rows_seen=0)
+    assert step.target_weight == sum(batch.trained_tokens for batch in step.batches)
+
+
+def test_the_rows_of_a_step_follow_those_seen_whatever_the_step_is_called():
+    big, small = loader(0, 1, rows_per_step=6), loader(0, 1, rows_per_step=3)
+    whole = [batch.input_ids.tolist() for batch in big.step(1, rows_seen=6).batches]
+    halves = [batch.input_ids.tolist() for seen in (6, 9) for batch in small.step(9, rows_seen=seen).batches]
+    assert whole == halves

@@ -68,6 +68,19 @@ def test_a_run_killed_after_a_save_and_resumed_equals_one_that_was_not(arguments
     assert [event["kind"] for event in resumed["events"]] == ["resumed"]
 
 
+def test_two_processes_follow_the_trajectory_of_one(arguments, tmp_path):
+    """Same rows, same dropout, same divisor: what differs is the order of a float64 sum."""
+    options = {"gradient_accumulation_steps": "none", "rows_per_step": 4, "dropout": 0.1, "dtype": "float64"}
+    train_sft.main(arguments(**options, out_dir=tmp_path / "one"))
+    torchrun(2, ROOT / "train_sft.py", *arguments(**options, out_dir=tmp_path / "two"))
+    one, two = run_log(tmp_path / "one"), run_log(tmp_path / "two")
+    assert losses(two) == pytest.approx(losses(one), rel=1e-12)
+    for record, other in zip(one["training_iterations"], two["training_iterations"], strict=True):
+        assert other["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-12)
+        assert (other["tokens"], other["trained_tokens"]) == (record["tokens"], record["trained_tokens"])
+    assert two["eval_steps"][-1]["val_loss"] == pytest.approx(one["eval_steps"][-1]["val_loss"], rel=1e-12)
+
+
 def test_a_finished_run_leaves_its_log_its_checkpoints_and_its_tokenizer(arguments, tmp_path, prepared):
     train_sft.main(arguments(max_iters=12, out_dir=tmp_path, keep_checkpoints=1))
     log = run_log(tmp_path)
