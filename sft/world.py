@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -133,4 +134,5 @@ def join_world(choice: DeviceChoice = "auto", *, timeout_minutes: float = 30.0) 
         yield World(rank=rank, size=size, device=device)
     finally:
         if size > 1:
+            gc.collect()  # DDP's reference cycles would keep the group's threads alive into the interpreter's end
             dist.destroy_process_group()
