@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,13 +39,16 @@ from sft.startup import (
 )
 from sft.world import DeviceChoice, World, join_world
 
-ABOVE_ZERO = (
-    "block_size", "batch_size", "gradient_accumulation_steps", "rows_per_step", "max_iters", "max_epochs",
-    "learning_rate", "lr_decay_iters", "grad_clip", "eval_interval", "eval_rows", "log_interval", "save_interval",
-    "keep_checkpoints",
-)  # fmt: skip
-NOT_NEGATIVE = ("seed", "min_lr", "warmup_iters", "weight_decay", "log_save_seconds")
-SHARES = ("dropout", "beta1", "beta2")
+# names of numbers, their range in words, and the range
+RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    ("block_size batch_size gradient_accumulation_steps rows_per_step", "above 0", lambda value: value > 0),
+    ("max_iters max_epochs learning_rate lr_decay_iters grad_clip", "above 0", lambda value: value > 0),
+    ("eval_interval eval_rows log_interval save_interval keep_checkpoints", "above 0", lambda value: value > 0),
+    ("seed min_lr warmup_iters weight_decay log_save_seconds", "0 or more", lambda value: value >= 0),
+    ("dropout beta1 beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
+    ("seed", "below 2**63", lambda value: value < 2**63),
+    ("block_size max_epochs", "at most ten million", lambda value: value <= 10**7),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,21 +104,28 @@ class TrainSettings:
             yield "checkpoint_path", "set checkpoint_path or model: one of the two"
         if self.checkpoint_path is not None and not Path(self.checkpoint_path).exists():
             yield "checkpoint_path", f"checkpoint_path {self.checkpoint_path!r} does not exist"
-        if isinstance(self.model, str) and self.model not in PRESETS:
-            yield "model", f"no preset is called {self.model!r}; there are {', '.join(PRESETS)}"
+        if self.model is not None:
+            yield from architecture_problems(self.model)
+        if not self.out_dir:
+            yield "out_dir", "out_dir must name a folder"
         if not Path(self.sft_data_dir).is_dir():
             yield "sft_data_dir", f"sft_data_dir {self.sft_data_dir!r} does not exist; write it with prepare_sft.py"
         if (self.max_iters is None) == (self.max_epochs is None):
             yield "max_iters", "set max_iters or max_epochs: one of the two"
         if self.rows_per_step is not None and self.gradient_accumulation_steps is not None:
             yield "rows_per_step", "rows_per_step already decides gradient_accumulation_steps; set one of the two"
-        yield from out_of_range(self, ABOVE_ZERO, "above 0", lambda value: value > 0)
-        yield from out_of_range(self, NOT_NEGATIVE, "0 or more", lambda value: value >= 0)
-        yield from out_of_range(self, SHARES, "at least 0 and below 1", lambda value: 0 <= value < 1)
+        for names, words, holds in RANGES:
+            for name in names.split():
+                if (value := getattr(self, name)) is not None and not holds(value):
+                    yield name, f"{name} must be {words}, not {value}"
         if self.min_lr > self.learning_rate:
             yield "min_lr", f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}"
         if self.lr_decay_iters is not None and self.lr_decay_iters < self.warmup_iters:
             yield "lr_decay_iters", f"lr_decay_iters {self.lr_decay_iters} ends before warmup_iters {self.warmup_iters}"
+
+    def fixed(self) -> dict[str, Any]:
+        """What a resumed run may not change: the order of the rows and the model hang on it."""
+        return {"seed": self.seed, "block_size": self.block_size, "model": self.model}
 
     def micro_steps(self, world_size: int) -> int:
         """Micro-steps per step and rank. Raises UserError where rows_per_step does not divide evenly."""
@@ -145,14 +155,15 @@ class TrainSettings:
         return device.type == "cuda" if self.compile is None else self.compile
 
 
-def out_of_range(
-    settings: TrainSettings, names: Sequence[str], range_in_words: str, holds: Callable[[float], bool]
-) -> Iterator[tuple[str, str]]:
-    """(setting, message) for each named number that is set and not in range; NaN is in no range."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not holds(value):
-            yield name, f"{name} must be {range_in_words}, not {value}"
+def architecture_problems(model: str | dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with a preset's name or a dict of architecture fields, whatever the data will add to it."""
+    if isinstance(model, str) and model not in PRESETS:
+        yield "model", f"no preset is called {model!r}; there are {', '.join(PRESETS)}"
+    if isinstance(model, dict):
+        try:
+            ModelArchitectureConfig.from_dict({"vocab_size": 1, "block_size": 1, **model})
+        except UserError as error:
+            yield "model", str(error)
 
 
 def main(argv: list[str]) -> None:
@@ -164,19 +175,20 @@ def main(argv: list[str]) -> None:
 
 def train(resolved: Resolved[TrainSettings], world: World) -> None:
     """The whole run on one rank: data, model, optimizer, resume, loop, close."""
-    settings = resolved.settings
+    settings, out_dir = resolved.settings, Path(resolved.settings.out_dir)
     data = world.together(lambda: open_training_data(settings.sft_data_dir, block_size=settings.block_size))
-    resume_path = world.on_main(lambda: prepare_out_dir(Path(settings.out_dir), resume=settings.resume))
-    world.on_main(lambda: copy_tokenizer(data, Path(settings.out_dir)))
+    resume_path = world.on_main(lambda: prepare_out_dir(out_dir, resume=settings.resume))
+    saved = world.together(lambda: read_saved_state(resume_path, data, fixed=settings.fixed()) if resume_path else None)
     model = world.together(lambda: build_model(settings, data, resume_path, world)).to(world.device)
     loader = world.together(lambda: build_loader(settings, data, world))
+    world.on_main(lambda: copy_tokenizer(data, out_dir))
+    log = world.together(lambda: open_log(resolved) if world.is_main else None)
     steps = settings.steps(rows_per_epoch=loader.stream.rows_per_epoch, rows_per_step=loader.rows_per_step)
-    run = build_run(resolved, world, data, model, loader, steps=steps)
-    if resume_path is not None:
-        fixed = {"seed": settings.seed, "block_size": settings.block_size}
-        run.restore(world.together(lambda: read_saved_state(resume_path, data, fixed=fixed)))
-    announce(settings, run, model, data, resume_path, steps=steps)
+    run = build_run(resolved, data, model, loader, Journal(world, log, steps=steps))
     try:
+        if saved is not None:
+            run.restore(saved)
+        announce(settings, run, model, data, resume_path, steps=steps)
         loop(settings, run, steps=steps)
     except BaseException as error:
         run.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}: {error}")
@@ -261,27 +273,21 @@ def build_loader(settings: TrainSettings, data: PreparedData, world: World) -> T
     )
 
 
-def build_run(
-    resolved: Resolved[TrainSettings],
-    world: World,
-    data: PreparedData,
-    model: ConfigurableGPT,
-    loader: TrainLoader,
-    *,
-    steps: int,
-) -> Run:
+def open_log(resolved: Resolved[TrainSettings]) -> RunLog:
     settings = resolved.settings
-    out_dir = Path(settings.out_dir)
-    config = to_dict(settings)
-    log = None
-    if world.is_main:
-        log = RunLog(
-            out_dir,
-            run_name=settings.run_name or out_dir.name,
-            config=config,
-            origin=resolved.origins,
-            save_seconds=settings.log_save_seconds,
-        )
+    return RunLog(
+        settings.out_dir,
+        run_name=settings.run_name or Path(settings.out_dir).name,
+        config=to_dict(settings),
+        origin=resolved.origins,
+        save_seconds=settings.log_save_seconds,
+    )
+
+
+def build_run(
+    resolved: Resolved[TrainSettings], data: PreparedData, model: ConfigurableGPT, loader: TrainLoader, journal: Journal
+) -> Run:
+    settings, world = resolved.settings, journal.world
 
     def training_flops(totals: Totals) -> int:
         """The backward pass has two matrix products for each of the forward's."""
@@ -307,13 +313,13 @@ def build_run(
             seed=settings.seed,
             limit=settings.eval_rows,
         ),
-        journal=Journal(world, log, steps=steps),
+        journal=journal,
         training_flops=training_flops,
-        out_dir=out_dir,
+        out_dir=Path(settings.out_dir),
         keep_checkpoints=settings.keep_checkpoints,
         constants={
             "model_args": model.config.to_dict(),
-            "config": config,
+            "config": to_dict(settings),
             "config_origins": resolved.origins,
             "data_fingerprint": data.fingerprint,
             "tokenizer_fingerprint": data.meta["tokenizer_fingerprint"],

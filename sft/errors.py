@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 EXIT_FAILED = 1  # the run broke; the same command may succeed later
 EXIT_BAD_INPUT = 2  # settings, data or files are wrong; repeating the command repeats the refusal
 EXIT_INTERRUPTED = 130  # Ctrl-C
+
+FIRST_SPEAKS_WITHIN_SECONDS = 10.0
 
 
 class UserError(Exception):
@@ -27,19 +30,21 @@ def listed(headline: str, problems: Sequence[str]) -> UserError:
 def run_program(main: Callable[[list[str]], None]) -> None:
     """Run main(argv) as a command: exit status 0 only when it returns; a UserError becomes one message on stderr.
 
-    Of the processes that torchrun starts on a machine, the first one speaks.
+    Of the processes that torchrun starts on a machine, the first one speaks. The others wait to be ended by torchrun,
+    which does so as soon as one process has left; a process that is still there had the error alone, and speaks too.
     """
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not is_first:
+            time.sleep(FIRST_SPEAKS_WITHIN_SECONDS)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_status)
     except BrokenPipeError:  # who reads our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
-        if speaks:
+        if is_first:
             print("interrupted", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sft.batches import TrainLoader
 from sft.checkpoint import save_checkpoint
@@ -98,7 +99,8 @@ class Run:
         started = time.perf_counter()
         result = self.validation.evaluate(self.local_loss, self.world)
         self.val_loss = result.loss
-        is_best = self.iter_num > 0 and (self.best_val_loss is None or result.loss < self.best_val_loss)
+        is_better = self.best_val_loss is None or result.loss < self.best_val_loss
+        is_best = self.iter_num > 0 and math.isfinite(result.loss) and is_better
         if is_best:
             self.best_val_loss = result.loss
         self.journal.evaluation(self.iter_num, result, is_best=is_best, seconds=time.perf_counter() - started)
@@ -131,7 +133,7 @@ class Run:
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from the content of a checkpoint, whose weights the model has already."""
-        self.optimizer.load_state_dict(saved["optimizer"])
+        restore_optimizer(self.optimizer, saved["optimizer"])
         self.iter_num = saved["iter_num"]
         self.rows_seen = saved["rows_seen"]
         self.trained_tokens_seen = saved["trained_tokens_seen"]
@@ -148,3 +150,22 @@ class Run:
             val_loss=self.val_loss,
             best_val_loss=self.best_val_loss,
         )
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load the moments of each parameter; weight decay and betas stay as the settings of this run have them.
+
+    Raises UserError where the state belongs to other parameters.
+    """
+    chosen = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(dict(state))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint's optimizer state does not fit the model ({error}); start afresh") from error
+    for group, values in zip(optimizer.param_groups, chosen, strict=True):
+        group.update(values)
+        for parameter in group["params"]:
+            for name, moment in optimizer.state[parameter].items():
+                if isinstance(moment, Tensor) and moment.dim() > 0 and moment.shape != parameter.shape:
+                    shapes = f"{name} has shape {tuple(moment.shape)}, its parameter {tuple(parameter.shape)}"
+                    raise UserError(f"the checkpoint's optimizer state does not fit the model ({shapes}); start afresh")

@@ -12,7 +12,10 @@ from sft.checkpoint import newest_checkpoint, numbered_checkpoints, read_checkpo
 from sft.errors import UserError, listed
 
 ResumeChoice = Literal["auto", "never", "required"]
-NEEDED_TO_RESUME = ("optimizer", "iter_num", "rows_seen", "config", "data_fingerprint", "progress")
+NEEDED_TO_RESUME = (
+    *("optimizer", "iter_num", "rows_seen", "trained_tokens_seen", "val_loss", "best_val_loss"),
+    *("config", "data_fingerprint", "progress"),
+)
 
 
 def open_training_data(folder: str, *, block_size: int) -> PreparedData:
@@ -60,9 +63,9 @@ def prepare_out_dir(out_dir: Path, *, resume: ResumeChoice) -> Path | None:
 
 
 def read_saved_state(path: Path, data: PreparedData, *, fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint to resume from; UserError where its rows could not be continued.
+    """The checkpoint to resume from; UserError where this run would not be its continuation.
 
-    `fixed` holds the settings that decide the order of the rows, with the values of this run.
+    `fixed` holds the settings that may not change, with the values of this run.
     """
     saved = read_checkpoint(path)
     if missing := [key for key in NEEDED_TO_RESUME if key not in saved]:
@@ -73,10 +76,10 @@ def read_saved_state(path: Path, data: PreparedData, *, fixed: Mapping[str, Any]
     if saved["data_fingerprint"] != data.fingerprint:
         problems.append(f"sft_data_dir: {data.folder} holds other data than the run was started with")
     for name, value in fixed.items():
-        if saved["config"][name] != value:
-            problems.append(f"{name}: the run was started with {saved['config'][name]}, not with {value}")
+        if saved["config"].get(name) != value:
+            problems.append(f"{name}: the run was started with {saved['config'].get(name)}, not with {value}")
     if problems:
-        raise listed(f"{path}: cannot be resumed, since other rows would come next:", problems)
+        raise listed(f"{path}: cannot be resumed, since it would not be the same run:", problems)
     return saved
 
 
@@ -89,7 +92,7 @@ def refuse_other_tokenizer(checkpoint: Path, data: PreparedData) -> None:
     if theirs is not None and theirs != ours:
         raise UserError(
             f"{data.folder}: prepared with another tokenizer ({ours[:12]}) than {checkpoint} was trained with "
-            f"({theirs[:12]}); prepare it again with the tokenizer files beside that checkpoint"
+            f"({str(theirs)[:12]}); prepare it again with the tokenizer files beside that checkpoint"
         )
 
 
@@ -97,6 +100,7 @@ def copy_tokenizer(data: PreparedData, out_dir: Path) -> None:
     """Put the tokenizer's files beside the checkpoints, where chat and export look for them."""
     for name in data.meta["tokenizer_files"]:
         try:
-            shutil.copyfile(data.folder / name, out_dir / name)
+            if not ((out_dir / name).exists() and (out_dir / name).samefile(data.folder / name)):
+                shutil.copyfile(data.folder / name, out_dir / name)
         except OSError as error:
             raise UserError(f"{data.folder / name}: cannot be copied to {out_dir} ({error.strerror})") from error

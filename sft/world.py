@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sft.errors import EXIT_FAILED, UserError
+from sft.errors import UserError
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
 Result = TypeVar("Result")
@@ -58,7 +57,7 @@ class World:
         return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
 
     def together(self, act: Callable[[], Result]) -> Result:
-        """Run act() on every rank; if it raises UserError on any, all ranks end, and the main rank says why.
+        """Run act() on every rank; if it raises UserError on any, all of them raise it.
 
         Without this a rank that fails alone leaves the others waiting in the next collective.
         """
@@ -70,30 +69,25 @@ class World:
             problem = (str(error), error.exit_status)
         problems = [p for p in self._gather(problem) if p is not None]
         if problems:
-            self.stop("\n".join(dict.fromkeys(message for message, _ in problems)), exit_status=problems[0][1])
+            message = "\n".join(dict.fromkeys(message for message, _ in problems))
+            raise UserError(message, exit_status=problems[0][1])
         return result  # type: ignore[return-value]  # act() returned on every rank
 
     def on_main(self, act: Callable[[], Result]) -> Result:
-        """The result of act(), run by the main rank alone and sent to all; a UserError ends all ranks."""
+        """The result of act(), run by the main rank alone and sent to all; a UserError is raised on all."""
         result = self.together(lambda: act() if self.is_main else None)
         shared = self._gather(result)[0]
         return shared  # type: ignore[return-value]  # the main rank's, and there act() returned
 
     def agree(self, what: str, value: str) -> None:
-        """End all ranks unless `value` is the same on each; `what` names it in the message."""
+        """UserError on every rank unless `value` is the same on each; `what` names it in the message."""
         values = self._gather(value)
         if len(set(values)) > 1:
             odd = [rank for rank, other in enumerate(values) if other != values[0]]
-            self.stop(
+            raise UserError(
                 f"{what} differ between ranks: rank(s) {', '.join(map(str, odd))} have others than rank 0; "
                 "start every rank with the same command and the same files"
             )
-
-    def stop(self, message: str, *, exit_status: int = EXIT_FAILED) -> None:
-        """Leave on every rank with the same exit status; only the main rank speaks."""
-        if self.is_main:
-            raise UserError(message, exit_status=exit_status)
-        sys.exit(exit_status)
 
     def _gather(self, value: Result) -> Sequence[Result]:
         if self.size == 1:

@@ -1,16 +1,21 @@
 """The programs from the outside: prepare, train, kill, resume, repeat, refuse."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+import prepare_sft
 import train_sft
 from model_builder import load_pretrained
 from sft.errors import UserError
+from sft.evaluation import Evaluation, Validation
+from sft.run import Run
 from sft.tokenizer import load_tokenizer
 from tests.conftest import ROOT, SHAPE
 from tests.launch import torchrun
@@ -156,6 +161,46 @@ def test_a_base_with_a_smaller_vocabulary_grows_and_says_so(arguments, tmp_path,
     assert load_pretrained(tmp_path / "out" / "ckpt.pt").vocab_size > 300
 
 
+def test_another_weight_decay_on_resume_is_used(arguments, tmp_path):
+    train_sft.main(arguments())
+    train_sft.main(arguments(resume="auto", max_iters=8, weight_decay=0.5, beta1=0.1))
+    group = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert (group["weight_decay"], group["betas"][0]) == (0.5, 0.1)
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(arguments, tmp_path, monkeypatch):
+    values = iter([3.0, math.nan, 5.0, 6.0])
+    monkeypatch.setattr(Validation, "evaluate", lambda *_: Evaluation(next(values), trained_tokens=1, rows=1))
+    train_sft.main(arguments(eval_interval=1, max_iters=3))
+    log = run_log(tmp_path / "out")
+    assert [record["is_best"] for record in log["eval_steps"]] == [False, False, True, False]
+    assert log["eval_steps"][1]["val_loss"] is None
+    assert log["summary"]["best_val_loss"] == 5.0
+    assert torch.load(tmp_path / "out" / "ckpt_best.pt", weights_only=True)["iter_num"] == 2
+
+
+def test_a_run_that_breaks_says_so_in_its_log(arguments, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    for error, status in ((RuntimeError("out of luck"), "failed: RuntimeError: out of luck"), (None, "interrupted")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "update", interrupt if error is None else mock.Mock(side_effect=error))
+            with pytest.raises((RuntimeError, KeyboardInterrupt)):
+                train_sft.main(arguments(out_dir=tmp_path / status[:6]))
+        assert run_log(tmp_path / status[:6])["status"] == status
+
+
+def test_training_needs_no_validation_split(arguments, prepared, tmp_path):
+    data = tmp_path / "data"
+    raw = prepared.parent
+    names = [f"--input={raw / 'conversations.jsonl'}", f"--tokenizer={raw / 'tokenizer.json'}", f"--out_dir={data}"]
+    prepare_sft.main([*names, "--block_size=64", "--val_fraction=0"])
+    train_sft.main(arguments(sft_data_dir=data))
+    log = run_log(tmp_path / "out")
+    assert (log["status"], log["eval_steps"], log["summary"]["val_loss"]) == ("finished", [], None)
+
+
 class TestRefusals:
     """One clear message each, and nothing half-written."""
 
@@ -185,6 +230,28 @@ class TestRefusals:
             r"(?s)cannot be resumed.*sft_data_dir: .* other data.*seed: the run was started with 1337, not with 5",
         )
 
+    def test_a_refused_resume_leaves_the_run_as_it_was(self, arguments, prepared, tmp_path):
+        train_sft.main(arguments())
+        out = tmp_path / "out"
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        other = tmp_path / "other_data"
+        shutil.copytree(prepared, other)
+        (other / "tokenizer.json").write_text("another tokenizer")
+        meta = json.loads((other / "meta.json").read_text())
+        meta["tokenizer_fingerprint"] = "f" * 64
+        (other / "meta.json").write_text(json.dumps(meta))
+        self.refused(arguments(resume="auto", sft_data_dir=other), "sft_data_dir: .* other data")
+        self.refused(arguments(resume="auto", model={**SHAPE, "n_layer": 3}), "model: the run was started with")
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    def test_optimizer_state_of_another_shape(self, arguments, tmp_path):
+        train_sft.main(arguments())
+        path = tmp_path / "out" / "ckpt_000004.pt"
+        content = torch.load(path, weights_only=True)
+        content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(2)
+        torch.save(content, path)
+        self.refused(arguments(resume="auto", max_iters=8), r"optimizer state does not fit the model \(exp_avg")
+
     def test_a_row_shorter_than_a_sample(self, arguments, tmp_path):
         self.refused(arguments(block_size=16), r"the longest sample of train has \d+ tokens, block_size is 16")
         assert not (tmp_path / "out").exists()
@@ -211,11 +278,13 @@ class TestRefusals:
             "beta2 must be float, not 'nan'",
             "set checkpoint_path or model: one of the two",
             "checkpoint_path 'nowhere.pt' does not exist",
+            "unknown field 'n_layers'; did you mean 'n_layer'?",
             "set max_iters or max_epochs: one of the two",
             "warmup_iters must be 0 or more, not -1",
             "dropout must be at least 0 and below 1, not 1.5",
             "min_lr 1.0 is above learning_rate 0.01",
         ]
+        wrong["model"] = {**SHAPE, "n_layers": 3}
         self.refused(arguments(**wrong, beta2="nan"), "(?s)" + ".*".join(map(re.escape, sentences)))
 
     def test_more_positions_than_the_model_has_learned(self, arguments):

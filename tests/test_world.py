@@ -68,6 +68,26 @@ def test_an_error_on_one_rank_ends_all_ranks_with_one_message(tmp_path):
     assert "exitcode  : 2" in done.stderr.replace("\t", " ")
 
 
+@pytest.mark.parametrize("who", ["0, 1", "1"])
+def test_one_message_comes_through_whichever_rank_is_late_or_alone(tmp_path, who):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, time\n"
+        "from sft.errors import UserError, run_program\n"
+        "def main(argv):\n"
+        "    rank = int(os.environ['RANK'])\n"
+        "    if rank == 0:\n"
+        "        time.sleep(1)\n"
+        f"    if rank in [{who}]:\n"
+        "        raise UserError('a typo; correct it')\n"
+        "    time.sleep(60)\n"
+        "run_program(main)\n"
+    )
+    done = torchrun(2, worker, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("error: a typo; correct it") == 1
+
+
 def test_ranks_with_other_settings_are_refused_by_number(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(
