@@ -28,8 +28,8 @@ def test_a_sample_opens_a_row_only_when_no_open_row_has_space(case):
 
 
 def test_a_sample_goes_where_the_least_space_remains():
-    rows = pack(np.array([7, 6, 3, 4]), 10)
-    assert [row.tolist() for row in rows] == [[0, 2], [1, 3]]
+    rows = pack(np.array([7, 5, 3]), 10)
+    assert [row.tolist() for row in rows] == [[0, 2], [1]]
 
 
 def test_conversations_of_ordinary_lengths_fill_rows_almost_completely():

@@ -179,6 +179,16 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(arguments, tmp_pa
     assert torch.load(tmp_path / "out" / "ckpt_best.pt", weights_only=True)["iter_num"] == 2
 
 
+def test_the_best_evaluation_is_remembered_over_a_resume(arguments, tmp_path, monkeypatch):
+    values = iter([9.0, 2.0, 3.0])
+    monkeypatch.setattr(Validation, "evaluate", lambda *_: Evaluation(next(values), trained_tokens=1, rows=1))
+    train_sft.main(arguments(max_iters=4))
+    train_sft.main(arguments(max_iters=5, resume="required"))
+    assert run_log(tmp_path / "out")["eval_steps"] == [mock.ANY]
+    assert not run_log(tmp_path / "out")["eval_steps"][0]["is_best"]
+    assert torch.load(tmp_path / "out" / "ckpt_best.pt", weights_only=True)["iter_num"] == 4
+
+
 def test_a_run_that_breaks_says_so_in_its_log(arguments, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
