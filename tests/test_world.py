@@ -60,11 +60,13 @@ def test_an_error_on_one_rank_ends_all_ranks_with_one_message(tmp_path):
         "            if world.rank == 1:\n"
         "                raise UserError('disk of rank 1 is full; empty it')\n"
         "        world.together(act)\n"
+        "        print('went on')\n"
         "run_program(main)\n"
     )
     done = torchrun(2, worker, check=False)
     assert done.returncode != 0
     assert done.stderr.count("error: disk of rank 1 is full; empty it") == 1
+    assert "went on" not in done.stdout
     assert "exitcode  : 2" in done.stderr.replace("\t", " ")
 
 
