@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sft.errors import listed
-from sft.settings_types import checked, type_name
+from sft.errors import UserError, listed
+from sft.settings_types import accepts, type_name
+
+MOST_PARAMETERS = 10**12  # beyond what any device holds, and long before tensor sizes overflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class ModelArchitectureConfig:
     def __post_init__(self) -> None:
         if problems := _problems(self.to_dict()):
             raise listed("the architecture cannot be built:", problems)
+        if parameter_count(self) > MOST_PARAMETERS:
+            raise UserError(f"the architecture cannot be built: it has more than {MOST_PARAMETERS:,} parameters")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelArchitectureConfig:
@@ -74,7 +78,7 @@ class ModelArchitectureConfig:
         """Inner width of the feed-forward part."""
         if self.d_ff is not None:
             return self.d_ff
-        return int(8 * self.n_embd / 3) if self.ffn_type == "swiglu" else 4 * self.n_embd
+        return 8 * self.n_embd // 3 if self.ffn_type == "swiglu" else 4 * self.n_embd
 
     @property
     def attention_dropout_rate(self) -> float:
@@ -134,11 +138,11 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             problems.append(f"{name} is missing")
-        elif name in values and not _accepts(hints[name], values[name]):
+        elif name in values and not accepts(hints[name], values[name]):
             problems.append(f"{name} must be {type_name(hints[name])}, not {values[name]!r}")
     # Ranges and contradictions are looked for only among values of the right type.
     sound = {name: values.get(name, field.default) for name, field in fields.items()}
-    sound = {name: value for name, value in sound.items() if _accepts(hints[name], value)}
+    sound = {name: value for name, value in sound.items() if accepts(hints[name], value)}
     return [*problems, *_out_of_range(sound), *_contradictions(sound)]
 
 
@@ -164,14 +168,6 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
             size = width // heads
     if size and values.get("position_encoding") == "rope" and size % 2:
         yield f"rotary positions need an even head size, not {size}"
-
-
-def _accepts(hint: Any, value: object) -> bool:
-    try:
-        checked(value, hint)
-    except ValueError:
-        return False
-    return True
 
 
 def _qwen3(n_layer: int, n_embd: int, n_head: int, d_ff: int, *, tied: bool) -> ModelArchitectureConfig:

@@ -214,10 +214,12 @@ def read_python(path: str) -> list[Given]:
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None) or 1
         raise ValueError(f"{path}:{line}: {getattr(error, 'msg', error)}") from error
+    except (MemoryError, RecursionError) as error:
+        raise ValueError(f"{path}: an expression is nested too deeply") from error
     namespace: dict[str, Any] = {"__name__": "config", "__file__": path}
     try:
         exec(compile(tree, path, "exec", dont_inherit=True), namespace)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         raise ValueError(f"{path}:{lines[-1] if lines else 1}: {type(error).__name__}: {error}") from error
     line_of = assigned_lines(tree)
@@ -249,7 +251,7 @@ def read_run_log(path: str) -> list[Given]:
         log = json.loads(read_bytes(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     config = log.get("config") if isinstance(log, dict) else None
     if not isinstance(config, dict):

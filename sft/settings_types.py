@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
-import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ def checked(value: Any, hint: Any) -> Any:
         return first_that_fits(checked, value, options(hint))
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     assert origin in (bool, int, float, str, type(None), Any, Literal, list, tuple, dict), f"no settings of type {hint}"
-    if origin is float and type(value) in (int, float) and math.isfinite(value):
+    if origin is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
         return origin(checked_elements(value, inner if origin is tuple else (*inner, ...)))
@@ -54,10 +54,18 @@ def checked(value: Any, hint: Any) -> Any:
     return value
 
 
+def accepts(hint: Any, value: Any) -> bool:
+    try:
+        checked(value, hint)
+    except ValueError:
+        return False
+    return True
+
+
 def is_json(value: Any) -> bool:
     try:
         json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return False
     return True
 
@@ -89,7 +97,7 @@ def read_text(text: str, hint: Any) -> Any:
         return checked(read(text), hint)
     try:
         return checked(ast.literal_eval(text), hint)
-    except (ValueError, SyntaxError, TypeError) as error:
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:  # the last two: nested deeply
         if origin in (list, tuple) and inner[:1] == (str,):
             return checked(text.split(","), hint)  # --input=a.jsonl,b.jsonl
         raise ValueError from error

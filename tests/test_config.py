@@ -146,6 +146,9 @@ def test_values_after_a_space_and_bare_switches_get_a_sentence():
     [
         (b"batch_size = 1\nlearning_rate = = 2\n", "bad.py:2: invalid syntax"),
         (b"batch_size = 1\n\nlearning_rate = 1 / 0\n", "bad.py:3: ZeroDivisionError: division by zero"),
+        (b"batch_size = 1\nraise SystemExit\n", "bad.py:2: SystemExit: "),
+        (b"batch_size = " + b"-" * 20_000 + b"1\n", "bad.py: an expression is nested too deeply"),
+        (b"batch_size = " + b"1 + " * 20_000 + b"1\n", "bad.py: an expression is nested too deeply"),
         (b"learning_rate = batch_size\n", "bad.py:1: NameError: name 'batch_size' is not defined"),
         (b"from math import pi\n", "bad.py:1: unknown setting 'pi'; the name of a helper begins with _"),
         (b"\ndef rows(): return 3\n", "bad.py:2: unknown setting 'rows'; the name of a helper begins with _"),
@@ -176,6 +179,9 @@ def test_a_config_file_that_is_no_text_is_refused(source: bytes):
     [
         ('{"config":\n {"batch_size": 1,}}', "run.json:2: not valid JSON: "),
         ("\xff", "run.json: not valid JSON: "),
+        ("[" * 100_000, "run.json: not valid JSON: maximum recursion depth exceeded"),
+        ('{"config": {"batch_size": ' + "9" * 5000 + "}}", "run.json: not valid JSON: Exceeds the limit"),
+        ('{"config": {"learning_rate": 1' + "0" * 400 + "}}", "run.json: learning_rate must be float, not 1000"),
         ("[1]", "run.json: holds no 'config' object; a run log (run_*.json) has one"),
         ('{"config": {"bach_size": 1}}', "run.json: unknown setting 'bach_size'; did you mean 'batch_size'?"),
         ('{"config": {"learning_rate": NaN}}', "run.json: learning_rate must be float, not nan"),
@@ -235,6 +241,7 @@ def test_text_is_read_by_the_declared_type(text: str, hint: Any, value: Any):
         ("1e-3", int),
         ("inf", int),
         ("nan", float),
+        ("-" * 20_000 + "1", list[int]),
         ("inf", float | None),
         ("1", bool),
         ("yes", bool),

@@ -122,6 +122,12 @@ def test_everything_wrong_with_an_architecture_is_said_at_once():
     ]
 
 
+def test_sizes_that_no_device_could_hold_are_refused_before_anything_is_built():
+    for change in ({"n_embd": 10**12}, {"n_layer": 10**9}, {"n_embd": 10**400, "n_head": 10**399}):
+        with pytest.raises(UserError, match="it has more than 1,000,000,000,000 parameters"):
+            ModelArchitectureConfig.from_dict({**SHAPE, **change})
+
+
 def test_the_constructor_refuses_what_from_dict_refuses():
     with pytest.raises(UserError, match="rotary positions need an even head size, not 5"):
         ModelArchitectureConfig(**SHAPE, head_dim=5)
