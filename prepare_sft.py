@@ -6,17 +6,19 @@ python prepare_sft.py --input=conversations.jsonl --tokenizer=tokenizer.json --o
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from sft.arrays import NOT_TRAINED, SPLITS, PreparedWriter, sha256_of
+from sft import elsewhere
+from sft.arrays import NOT_TRAINED, SPLITS, PreparedWriter, earlier_meta, replaced_files, sha256_of
 from sft.chatml import Sample, cut, render_batch
 from sft.config import Resolved, load_settings, to_dict
 from sft.errors import EXIT_FAILED, UserError, listed, run_program
@@ -54,18 +56,9 @@ class PrepareSettings:
             text_of(self.system_prompt or "", "system_prompt")
         except BadRecord as error:
             yield "system_prompt", str(error)
-
-
-ELSEWHERE = {
-    "max_length": "the longest sample is block_size",
-    "max_seq_length": "the longest sample is block_size",
-    "cutoff_len": "the longest sample is block_size",
-    "data_format": "the format is recognised record by record",
-    "val_size": "the share for validation is val_fraction",
-    "test_size": "the share for validation is val_fraction",
-    "packing": "samples are packed when training, not here",
-    "output_dir": "the folder to write is out_dir",
-}
+        for name, path in (("input", self.input), ("tokenizer", self.tokenizer), ("out_dir", self.out_dir)):
+            if not path.strip():
+                yield name, f"{name} is empty; the current folder is '.'"
 
 
 class Ledger:
@@ -102,11 +95,12 @@ class Ledger:
 
 def main(argv: list[str]) -> None:
     started = time.perf_counter()
-    resolved = load_settings(PrepareSettings, argv, elsewhere=ELSEWHERE)
+    resolved = load_settings(PrepareSettings, argv, elsewhere=elsewhere.PREPARE)
     settings = resolved.settings
     paths = readable_files(settings.input)
     tokenizer = load_tokenizer(settings.tokenizer)
-    refuse_other_tokenizer_files(Path(settings.out_dir), tokenizer)
+    refuse_other_tokenizer(Path(settings.out_dir), tokenizer)
+    refuse_to_lose([*paths, *tokenizer.files], Path(settings.out_dir))
     try:
         with PreparedWriter(settings.out_dir) as writer:
             preparation = Preparation(paths, tokenizer, settings, writer)
@@ -134,12 +128,27 @@ def readable_files(names: str) -> list[Path]:
     return paths
 
 
-def refuse_other_tokenizer_files(out_dir: Path, tokenizer: Tokenizer) -> None:
-    """UserError where out_dir holds a tokenizer under another name: load_tokenizer(out_dir) might find that one."""
-    ours = {file.name for file in tokenizer.files}
-    others = sorted(path.name for path in [out_dir / "tokenizer.json", *out_dir.glob("*.tiktoken")] if path.exists())
-    if other := [name for name in others if name not in ours]:
-        raise UserError(f"{out_dir}: holds another tokenizer ({', '.join(other)}); remove it or choose another out_dir")
+def refuse_other_tokenizer(out_dir: Path, tokenizer: Tokenizer) -> None:
+    """UserError where out_dir holds files of a tokenizer that are not this one's and that no earlier run put there.
+
+    Those under other names count too: load_tokenizer(out_dir) might find them.
+    """
+    earlier = earlier_meta(out_dir).get("tokenizer_files", [])
+    ours = {out_dir / file.name: file for file in tokenizer.files}
+    found = {path for path in [out_dir / "tokenizer.json", *out_dir.glob("*.tiktoken"), *ours] if path.exists()}
+    fine = {
+        path for path in found & ours.keys() if path.name in earlier or filecmp.cmp(path, ours[path], shallow=False)
+    }
+    if other := sorted(path.name for path in found - fine):
+        raise UserError(f"{out_dir}: holds another tokenizer ({', '.join(other)}); choose another out_dir or remove it")
+
+
+def refuse_to_lose(paths: Sequence[Path], out_dir: Path) -> None:
+    """UserError where one of the files that are read would be replaced by what is written."""
+    replaced = [path for path in replaced_files(out_dir) if path.exists()]
+    for path in paths:
+        if any(path.samefile(target) for target in replaced):
+            raise UserError(f"{path}: would be lost, since out_dir gets a file of that name; choose another out_dir")
 
 
 class Preparation:
@@ -175,9 +184,10 @@ class Preparation:
 
     def enter_batch(self, batch: list[Conversation]) -> None:
         to_render = [with_system_prompt(conversation, self.settings.system_prompt) for conversation in batch]
-        for conversation, sample in zip(batch, render_batch(to_render, self.tokenizer), strict=True):
+        samples = render_batch(to_render, self.tokenizer)
+        for conversation, rendered, sample in zip(batch, to_render, samples, strict=True):
             self.records[conversation.source] += 1
-            self.ledger.enter(sample, spells_control=any(map(self.tokenizer.spells_control, contents(conversation))))
+            self.ledger.enter(sample, spells_control=any(map(self.tokenizer.spells_control, contents(rendered))))
             fitted = self.fit(conversation, sample)
             if fitted is None:
                 self.ledger.drop(sample, "too_long")

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from sft.errors import UserError, listed
+from sft.settings_types import accepts, type_name
 
 FORMAT = "prepared conversations"
 FORMAT_VERSION = 1
@@ -29,6 +32,14 @@ DTYPES = {"input_ids": "<i4", "labels": "<i4", "offsets": "<i8", "targets": "<f8
 WRITTEN = ("input_ids", "labels", "offsets", "targets", "origins")
 NOT_TRAINED = -100  # the label of a token that is not trained
 AGAIN = "run prepare_sft.py again"
+META_TYPES: dict[str, Any] = {  # what others take from meta.json
+    "arrays": dict[str, dict[str, Any]],
+    "vocab_size": int,
+    "max_id": int,
+    "pad_id": int,
+    "tokenizer_files": list[str],
+    "tokenizer_fingerprint": str,
+}
 
 
 class GrowingArray:
@@ -72,21 +83,19 @@ class PreparedWriter:
     def __init__(self, folder: str | Path):
         """UserError where the folder cannot be written or holds somebody else's meta.json; an earlier data set goes."""
         self.folder = Path(folder)
+        earlier_meta(self.folder)
         self.made_folder = not self.folder.exists()
         self.arrays: dict[tuple[str, str], GrowingArray] = {}
         self.max_id = -1
         self.finished = False
-        refuse_foreign_meta(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "meta.json").unlink(missing_ok=True)
-            for path in [self.folder / file_name(split, part) for split in SPLITS for part in DTYPES]:
+            for path in replaced_files(self.folder):
                 path.unlink(missing_ok=True)
-                partial_of(path).unlink(missing_ok=True)
             for split in SPLITS:
                 for part in WRITTEN:
                     path = self.folder / file_name(split, part)
-                    self.arrays[split, part] = GrowingArray(path, DTYPES[part], (3,) if part == "origins" else ())
+                    self.arrays[split, part] = GrowingArray(path, DTYPES[part], row_shape(part))
                 self.arrays[split, "offsets"].append(0)
         except OSError as error:
             self.discard()
@@ -165,8 +174,18 @@ def file_name(split: str, part: str) -> str:
     return f"{split}_{part}.npy"
 
 
+def row_shape(part: str) -> tuple[int, ...]:
+    return (3,) if part == "origins" else ()
+
+
 def partial_of(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
+
+
+def replaced_files(folder: Path) -> list[Path]:
+    """Every file that a writer may replace or remove; meta.json first, which is what makes the folder valid."""
+    names = ["meta.json", *(file_name(split, part) for split in SPLITS for part in DTYPES)]
+    return [path for name in names for path in (folder / name, partial_of(folder / name))]
 
 
 def into_place(file: Any, partial: Path, path: Path) -> None:
@@ -200,16 +219,20 @@ def length_statistics(lengths: np.ndarray) -> dict[str, float] | None:
     }
 
 
-def refuse_foreign_meta(folder: Path) -> None:
+def earlier_meta(folder: Path) -> dict[str, Any]:
+    """The meta.json that a writer would replace, {} where there is none; UserError where it is somebody else's."""
     path = folder / "meta.json"
-    if not path.is_file():
-        return
     try:
-        ours = json.loads(path.read_bytes()).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
+        meta = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; choose another folder") from error
+    except (ValueError, RecursionError):
+        meta = None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UserError(f"{path}: not written by prepare_sft.py and would be lost; choose another folder")
+    return meta
 
 
 @dataclass(frozen=True)
@@ -248,18 +271,13 @@ def open_prepared(folder: str | Path) -> PreparedData:
     """The prepared data of a folder, memory-mapped; UserError where it is missing, incomplete or of another version."""
     folder = Path(folder)
     meta = read_meta(folder)
-    names = {file_name(split, part) for split in SPLITS for part in DTYPES}
     problems: list[str] = []
-    arrays = {name: open_array(folder / name, told, problems) for name, told in meta["arrays"].items() if name in names}
-    needed = {file_name(split, part) for split in SPLITS for part in WRITTEN}
-    problems += [f"meta.json does not list {name}" for name in sorted(needed - set(arrays))]
-    if problems:
-        raise listed(f"{folder}: the prepared data is damaged; {AGAIN}:", problems)
-    splits = {
-        split: Samples(**{part: arrays.get(file_name(split, part)) for part in DTYPES})  # type: ignore[arg-type]
-        for split in SPLITS
-    }
-    problems = [f"{name}: {complaint}" for name, samples in splits.items() for complaint in inconsistencies(samples)]
+    splits = {}
+    for split in SPLITS:
+        arrays = {part: open_array(folder / file_name(split, part), part, meta["arrays"], problems) for part in DTYPES}
+        splits[split] = Samples(**arrays)  # type: ignore[arg-type]  # where one is None that may not, problems are found
+    if not problems:
+        problems = [f"{split}: {problem}" for split, samples in splits.items() for problem in inconsistencies(samples)]
     if problems:
         raise listed(f"{folder}: the prepared data is damaged; {AGAIN}:", problems)
     return PreparedData(folder, meta, splits)
@@ -270,12 +288,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        if any((folder / name).exists() for split in SPLITS for name in traces(split)):
+        if any(path.exists() for path in replaced_files(folder)):
             raise UserError(f"{folder}: no meta.json, so preparing it was interrupted; {AGAIN}") from error
         raise UserError(f"{folder}: no prepared data here; make it with prepare_sft.py --out_dir={folder}") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); {AGAIN}") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UserError(f"{path}: not written by prepare_sft.py")
@@ -283,31 +301,49 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: format version {meta.get('format_version')}, this program reads {FORMAT_VERSION}; {AGAIN}"
         )
-    if not isinstance(meta.get("arrays"), dict):
-        raise UserError(f"{path}: lists no arrays; {AGAIN}")
+    if problems := list(meta_problems(meta, folder)):
+        raise listed(f"{path}: damaged; {AGAIN}:", problems)
     return meta
 
 
-def traces(split: str) -> Iterable[str]:
-    names = [file_name(split, part) for part in DTYPES]
-    return [*names, *(f"{name}.partial" for name in names)]
+def meta_problems(meta: Mapping[str, Any], folder: Path) -> Iterable[str]:
+    """What in meta.json cannot be relied upon."""
+    wrong = [name for name, hint in META_TYPES.items() if not accepts(hint, meta.get(name))]
+    for name in wrong:
+        yield f"{name} must be {type_name(META_TYPES[name])}, not {reprlib.repr(meta.get(name))}"
+    if wrong:
+        return
+    if not 0 <= meta["pad_id"] < meta["vocab_size"]:
+        yield f"pad_id {meta['pad_id']} is outside the vocabulary of {meta['vocab_size']}"
+    for name in meta["tokenizer_files"]:
+        if Path(name).name != name or not os.path.isfile(folder / name):  # ../x would be copied out of the folder
+            yield f"tokenizer_files names {name!r}, which is no file of this folder"
 
 
-def open_array(path: Path, told: Any, problems: list[str]) -> np.ndarray | None:
-    """The array as a memory map; None and a problem where it is not what meta.json says."""
+def open_array(path: Path, part: str, arrays: Mapping[str, Any], problems: list[str]) -> np.ndarray | None:
+    """The array as a memory map; None where meta.json leaves it out, and None and a problem where it is bad."""
+    told = arrays.get(path.name)
+    if told is None:
+        if part in WRITTEN:
+            problems.append(f"meta.json does not list {path.name}")
+        return None
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
         return None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         problems.append(f"{path.name} cannot be read: {error}")
         return None
     found = {"dtype": array.dtype.str, "shape": list(array.shape)}
-    if not isinstance(told, dict) or found != {key: told.get(key) for key in found}:
+    shape = (array.size // math.prod(row_shape(part)), *row_shape(part))
+    if found != {key: told.get(key) for key in found}:
         problems.append(f"{path.name} holds {found}, meta.json says {told}")
-        return None
-    return array
+    elif (array.dtype.str, array.shape) != (DTYPES[part], shape):
+        problems.append(f"{path.name} holds {found}, must be {DTYPES[part]} of shape {list(shape)}")
+    else:
+        return array
+    return None
 
 
 def inconsistencies(samples: Samples) -> Iterable[str]:

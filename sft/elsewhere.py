@@ -1,5 +1,16 @@
 """What to do here instead of the settings that other trainers have."""
 
+PREPARE = {
+    "max_length": "the longest sample is block_size",
+    "max_seq_length": "the longest sample is block_size",
+    "cutoff_len": "the longest sample is block_size",
+    "data_format": "the format is recognised record by record",
+    "val_size": "the share for validation is val_fraction",
+    "test_size": "the share for validation is val_fraction",
+    "packing": "samples are packed when training, not here",
+    "output_dir": "the folder to write is out_dir",
+}
+
 TRAIN = {
     "ignore_index": "masked labels are always -100; leave it out",
     "data_format": "formats are recognised by prepare_sft.py, which writes sft_data_dir",

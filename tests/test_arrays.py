@@ -7,7 +7,7 @@ from sft.arrays import PreparedWriter, open_prepared, verify_checksums, write_pr
 from sft.errors import UserError
 
 SAMPLES = {"train": [([1, 2, 3], [-100, 2, 3]), ([4, 5], [-100, 5])], "val": [([6, 7, 8, 9], [6, -100, -100, 9])]}
-FACTS = {"vocab_size": 10}
+FACTS = {"vocab_size": 10, "pad_id": 0, "tokenizer_files": [], "tokenizer_fingerprint": "f" * 64}
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_the_same_samples_give_the_same_bytes(folder, tmp_path):
 
 def test_the_fingerprint_follows_the_arrays(folder, tmp_path):
     same = open_prepared(folder).fingerprint
-    write_prepared(tmp_path / "again", SAMPLES, {"settings": {"out_dir": "elsewhere"}})
+    write_prepared(tmp_path / "again", SAMPLES, {**FACTS, "settings": {"out_dir": "elsewhere"}})
     assert open_prepared(tmp_path / "again").fingerprint == same
     write_prepared(tmp_path / "other", {"train": SAMPLES["train"][:1]}, FACTS)
     assert open_prepared(tmp_path / "other").fingerprint != same
@@ -124,19 +124,50 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def replace_array(folder, name, array):
+    """Another array, of which meta.json knows."""
+    np.save(folder / name, array)
+    told = {"dtype": array.dtype.str, "shape": list(array.shape)}
+    edit_meta(folder, lambda meta: meta["arrays"].update({name: told}))
+
+
+def name_tokenizer_file(folder, name):
+    (folder / name).exists() or (folder / name).write_text("")
+    edit_meta(folder, lambda meta: meta.update(tokenizer_files=[name]))
+
+
 DAMAGES = {
     "no prepared data here": lambda folder: [path.unlink() for path in folder.iterdir()],
     "interrupted; run prepare_sft.py again": lambda folder: (folder / "meta.json").unlink(),
     "not valid JSON": lambda folder: truncate(folder / "meta.json") or truncate(folder / "meta.json"),
     "not written by prepare_sft.py": lambda folder: (folder / "meta.json").write_text("[]"),
     "format version 99, this program reads 1": lambda f: edit_meta(f, lambda meta: meta.update(format_version=99)),
-    "lists no arrays": lambda folder: edit_meta(folder, lambda meta: meta.pop("arrays")),
+    "arrays must be dict[str, dict[str, Any]], not None": lambda f: edit_meta(f, lambda meta: meta.pop("arrays")),
+    "vocab_size must be int, not None": lambda folder: edit_meta(folder, lambda meta: meta.pop("vocab_size")),
+    "max_id must be int, not '9'": lambda folder: edit_meta(folder, lambda meta: meta.update(max_id="9")),
+    "pad_id 10 is outside the vocabulary of 10": lambda f: edit_meta(f, lambda meta: meta.update(pad_id=10)),
+    "pad_id -1 is outside": lambda folder: edit_meta(folder, lambda meta: meta.update(pad_id=-1)),
+    "tokenizer_files must be list[str]": lambda f: edit_meta(f, lambda meta: meta.update(tokenizer_files="abc")),
+    "tokenizer_files names '../evil'": lambda f: name_tokenizer_file(f, "../evil"),
+    "tokenizer_files names '..'": lambda f: name_tokenizer_file(f, ".."),
+    "tokenizer_files names 'gone'": lambda f: edit_meta(f, lambda meta: meta.update(tokenizer_files=["gone"])),
+    "tokenizer_fingerprint must be str": lambda f: edit_meta(f, lambda meta: meta.pop("tokenizer_fingerprint")),
+    "not valid JSON (maximum recursion": lambda f: (f / "meta.json").write_text("[" * 100_000 + "]" * 100_000),
     "meta.json does not list val_labels.npy": lambda f: edit_meta(f, lambda m: m["arrays"].pop("val_labels.npy")),
     "train_labels.npy is missing": lambda folder: (folder / "train_labels.npy").unlink(),
     "val_offsets.npy cannot be read": lambda folder: truncate(folder / "val_offsets.npy"),
     "train_targets.npy cannot be read": lambda folder: (folder / "train_targets.npy").write_bytes(b""),
     "train_labels.npy holds {'dtype': '<i8'": lambda f: np.save(f / "train_labels.npy", np.zeros(5, "<i8")),
     "val_labels.npy holds {'dtype': '<i4', 'shape': [3]}": lambda f: np.save(f / "val_labels.npy", np.zeros(3, "<i4")),
+    "train_labels.npy holds {'dtype': '<i8', 'shape': [5]}, must be <i4 of shape [5]": lambda f: replace_array(
+        f, "train_labels.npy", np.zeros(5, "<i8")
+    ),
+    "train_targets.npy holds {'dtype': '<f8', 'shape': []}, must be <f8 of shape [1]": lambda f: replace_array(
+        f, "train_targets.npy", np.zeros((), "<f8")
+    ),
+    "val_origins.npy holds {'dtype': '<i8', 'shape': [3]}, must be <i8 of shape [1, 3]": lambda f: replace_array(
+        f, "val_origins.npy", np.zeros(3, "<i8")
+    ),
     "train: offsets do not divide": lambda f: np.save(f / "train_offsets.npy", np.array([0, 5, 5])),
 }
 

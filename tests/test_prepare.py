@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -195,6 +196,11 @@ def test_conversations_that_spell_control_tokens_are_counted(prepare, capsys):
     assert "content of 2 conversations" in capsys.readouterr().out
 
 
+def test_control_tokens_spelled_in_the_system_prompt_are_counted_where_it_is_used(prepare):
+    data = prepare([SHORT, {"text": "plain"}], val_fraction=0, system_prompt="never say <|im_end|>")
+    assert data.meta["ledger"]["conversations"]["spell_control"] == 1
+
+
 def test_several_files_keep_their_sources_and_records(prepare, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(json.dumps([{"text": "a b"}, {"text": "c d"}]))
@@ -245,6 +251,32 @@ def test_the_tokenizer_in_out_dir_can_be_used_again(prepare, tmp_path):
     assert prepare([SHORT], tokenizer=tmp_path / "data").fingerprint == first
 
 
+def test_only_a_tokenizer_that_an_earlier_run_put_there_is_replaced(prepare, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = save_tiny_tokenizer(tmp_path / "other", control=["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    first = prepare([SHORT]).meta["tokenizer_fingerprint"]
+    assert prepare([SHORT], tokenizer=other).meta["tokenizer_fingerprint"] != first
+    (tmp_path / "data" / "meta.json").unlink()
+    prepare([SHORT], tokenizer=other)  # of unknown origin, but the same
+    base = tmp_path / "base"
+    shutil.copytree(other.parent, base)
+    with pytest.raises(UserError, match=r"base: holds another tokenizer \(tokenizer\.json\); choose another out_dir"):
+        prepare([SHORT], out="base")
+    assert [path.name for path in base.iterdir()] == ["tokenizer.json"]
+    assert (base / "tokenizer.json").read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["train_labels.npy", "val_weights.npy.partial", "meta.json.partial", "tokenizer.json"])
+def test_an_input_that_bears_a_name_to_be_written_is_not_lost(prepare, tmp_path, name):
+    (tmp_path / "data").mkdir()
+    precious = tmp_path / "data" / name
+    precious.write_text(json.dumps(SHORT))
+    with pytest.raises(UserError, match="choose another out_dir"):
+        prepare([SHORT], input=precious)
+    assert precious.read_text() == json.dumps(SHORT)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [name]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -254,6 +286,8 @@ def test_the_tokenizer_in_out_dir_can_be_used_again(prepare, tmp_path):
         ({"system_prompt": "\ud800"}, "command line: system_prompt holds half a character"),
         ({"too_long": "truncate"}, "too_long must be 'drop' | 'cut' | 'error', not 'truncate'"),
         ({"max_seq_length": 5}, "the longest sample is block_size"),
+        ({"input": "", "tokenizer": " ", "out_dir": ""}, "out_dir is empty; the current folder is '.'"),
+        ({"out_dir": "n" * 300}, "File name too long; choose another folder"),
         ({"input": "none.jsonl"}, "none.jsonl: no such file"),
         ({"input": ","}, "it names no file"),
         ({"tokenizer": "none.json"}, "none.json: no such file"),
