@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import re
 import shutil
 import zipfile
@@ -17,6 +16,7 @@ import torch
 from sft.errors import UserError
 
 NUMBERED = re.compile(r"ckpt_(\d{6,})\.pt")
+FOREIGN_OBJECT = re.compile(r"GLOBAL (\S+)")  # what torch.load names when it refuses to build something
 PARTIAL = ".partial"
 
 
@@ -31,13 +31,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint; name a ckpt_*.pt file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: refused, since it is not plain data and reading it could run code "
-            f"({_first_line(error)}); save it again as a dict of tensors and numbers"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged or cut short ({_first_line(error)}); use an earlier checkpoint") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # whatever bytes that are no checkpoint happen to do to an unpickler
+        if found := FOREIGN_OBJECT.search(str(error)):
+            raise UserError(
+                f"{path}: refused, since it holds {found[1]}, which is not plain data and could run code when read; "
+                "save it again as a dict of tensors and numbers"
+            ) from error
+        raise UserError(f"{path}: damaged or cut short, or no PyTorch checkpoint at all; use another one") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not the dict of a checkpoint")
     return content
@@ -131,7 +133,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

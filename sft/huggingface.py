@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,12 +118,15 @@ def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
     for name, supported in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
         if config.get(name, supported) != supported:
             yield f"{name} {config[name]!r} is not supported, only {supported!r}"
-    if other := set(config.get("layer_types") or ()) - {"full_attention"}:
-        yield f"layer_types {sorted(other)} are not supported, only 'full_attention'"
+    layers = config.get("layer_types") or []
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
+        yield f"layer_types {reprlib.repr(layers)} are not supported, only 'full_attention'"
     for name in ("rope_scaling", "rope_parameters"):
         rope = config.get(name) or {}
         if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
             yield f"{name} {rope} is not supported, only the default rotation"
+        elif unread := sorted(rope.keys() - {"rope_type", "type", "rope_theta"}):
+            yield f"{name} has {', '.join(unread)}, which is not supported; only rope_type and rope_theta are"
 
 
 class StoredTensor(NamedTuple):
@@ -178,7 +182,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not an object")

@@ -33,11 +33,15 @@ class MappedTensor(NamedTuple):
         return tuple(self.tensor.shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
+    def dtype(self) -> torch.dtype | str:
+        """The type of the values; what a tensor is that does not hold them one by one."""
+        tensor = self.tensor
+        if tensor.layout != torch.strided or tensor.is_meta:
+            return f"{tensor.layout} on {tensor.device}"
+        return tensor.dtype
 
     def read(self) -> Tensor:
-        return self.tensor
+        return self.tensor.detach()
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Pretrained:
             elif found.shape != expected[name]:
                 problems.append(f"wrong shape: {name} is {found.shape}, must be {expected[name]}")
             elif found.dtype not in FLOATS:
-                problems.append(f"wrong type: {name} is {found.dtype}, must be a float of 16, 32 or 64 bits")
+                problems.append(f"wrong type: {name} is {found.dtype}, must hold floats of 16, 32 or 64 bits")
         if problems:
             raise listed(f"{self.path}: its tensors do not fit the architecture it names:", problems)
         if tied_head:

@@ -1,5 +1,6 @@
 import os
 import pickle
+from pathlib import PurePosixPath
 
 import pytest
 import torch
@@ -96,16 +97,35 @@ class Malicious:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, monkeypatch, legacy):
+def test_a_malicious_pickle_is_refused_by_name_and_not_run(tmp_path, monkeypatch, legacy):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "ckpt_000001.pt"
     if legacy:
-        path.write_bytes(pickle.dumps({"model": Malicious()}))
+        path.write_bytes(pickle.dumps({"model": Malicious()}, protocol=2))  # torch.load's own
     else:
         torch.save({"model": Malicious()}, path)
-    with pytest.raises(UserError, match=r"ckpt_000001\.pt: refused"):
+    with pytest.raises(UserError, match=r"ckpt_000001\.pt: refused, since it holds posix\.system, which is not"):
         read_checkpoint(path)
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"error: not found", b"hello\n", b"<!DOCTYPE html>", b"PK\x03\x04" + bytes(99), bytes(range(256))]
+)
+def test_what_is_no_checkpoint_is_called_that_and_nothing_else_is_advised(tmp_path, content):
+    (tmp_path / "ckpt.pt").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(tmp_path / "ckpt.pt")
+    reason = "damaged or cut short, or no PyTorch checkpoint at all; use another one"
+    assert str(caught.value) == f"{tmp_path / 'ckpt.pt'}: {reason}"
+
+
+def test_an_object_of_some_class_is_named(tmp_path):
+    torch.save({"model": PurePosixPath("a")}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError) as caught:
+        read_checkpoint(tmp_path / "ckpt.pt")
+    assert "holds pathlib.PurePosixPath, which is not plain data" in str(caught.value)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_a_missing_file_and_a_bare_tensor_are_refused(tmp_path):

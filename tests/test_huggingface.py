@@ -149,7 +149,7 @@ def test_a_refusal_lists_every_tensor_by_the_files_names(live):
         f"  missing: model.layers.0.self_attn.k_proj.weight ({rows}, 32)",
         "  unexpected: model.layers.0.self_attn.q_proj.bias (64,)",
         "  wrong shape: model.layers.1.mlp.down_proj.weight is (32, 47), must be (32, 48)",
-        "  wrong type: model.norm.weight is I8, must be a float of 16, 32 or 64 bits",
+        "  wrong type: model.norm.weight is I8, must hold floats of 16, 32 or 64 bits",
     ]
 
 
@@ -188,6 +188,24 @@ def test_what_cannot_be_computed_here_is_refused_with_every_reason(live):
         assert name in str(caught.value)
     with pytest.raises(UserError, match="model_type is 'qwen3_moe'; only 'qwen3'"):
         architecture_fields({**config, "model_type": "qwen3_moe"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layer_types": [{}]}, "layer_types [{}] are not supported"),
+        ({"layer_types": 3}, "layer_types 3 are not supported"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters has full_attention, which"),
+        ({"rope_scaling": {"type": "default", "factor": 4.0}}, "rope_scaling has factor, which is not supported"),
+    ],
+)
+def test_what_would_be_ignored_or_is_of_no_known_form_is_refused_by_name(live, change: dict, said: str):
+    _, folder = live
+    (folder / "config.json").write_text(json.dumps({**read_config(folder), **change}))
+    with pytest.raises(UserError) as caught:
+        load_pretrained(folder)
+    assert str(folder / "config.json") in str(caught.value)
+    assert said in str(caught.value)
 
 
 @pytest.mark.oracle

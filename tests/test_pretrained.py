@@ -53,6 +53,12 @@ def test_weights_are_copied_not_mapped_and_have_the_dtype_asked_for(tmp_path: Pa
     assert load_pretrained(path).token_embeddings.weight.abs().sum() > 0
 
 
+def test_parameters_are_tensors_too(tmp_path: Path):
+    model = tiny_model()
+    path = save(tmp_path / "ckpt.pt", model, model=dict(model.named_parameters()))
+    assert torch.equal(load_pretrained(path)(IDS), model(IDS))
+
+
 def test_a_tied_checkpoint_may_leave_its_head_out(tmp_path: Path):
     model = tiny_model()
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
@@ -86,10 +92,14 @@ def test_a_refusal_lists_every_tensor_that_does_not_fit(tmp_path: Path):
     state["blocks.1.ffn.w_out.weight"] = torch.zeros(32, 63)
     state["blocks.2.norm1.weight"] = torch.zeros(32)
     state["blocks.1.norm1.weight"] = torch.zeros(32, dtype=torch.int64)
+    state["blocks.1.norm2.weight"] = torch.zeros(32, device="meta")
+    state["blocks.1.attn.c_proj.weight"] = torch.zeros(32, 32).to_sparse()
     assert refusal(save(tmp_path / "ckpt.pt", model, model=state))[1:] == [
         "  missing: blocks.0.attn.c_q.weight (32, 32)",
         "  missing: final_norm.weight (32,)",
-        "  wrong type: blocks.1.norm1.weight is torch.int64, must be a float of 16, 32 or 64 bits",
+        "  wrong type: blocks.1.norm1.weight is torch.int64, must hold floats of 16, 32 or 64 bits",
+        "  wrong type: blocks.1.attn.c_proj.weight is torch.sparse_coo on cpu, must hold floats of 16, 32 or 64 bits",
+        "  wrong type: blocks.1.norm2.weight is torch.strided on meta, must hold floats of 16, 32 or 64 bits",
         "  wrong shape: blocks.1.ffn.w_out.weight is (32, 63), must be (32, 64)",
         "  unexpected: blocks.2.norm1.weight (32,)",
     ]
@@ -107,6 +117,9 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path):
     fields = {**model.config.to_dict(), "n_layer": 0, "colour": "red"}
     said = refusal(save(tmp_path / "d.pt", model, model_args=fields))
     assert said[1:] == ["  unknown field 'colour'", "  n_layer must be above 0, not 0"]
+    fields = {**model.config.to_dict(), "n_embd": 10**12}
+    said = refusal(save(tmp_path / "e.pt", model, model_args=fields))
+    assert "it has more than 1,000,000,000,000 parameters" in said[0]
     (tmp_path / "empty").mkdir()
     assert "holds neither" in refusal(tmp_path / "empty")[0]
     refusal(tmp_path / "absent.pt")
