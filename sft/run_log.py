@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from sft.errors import EXIT_FAILED, UserError
+
+ABANDONED_SECONDS = 600  # the age of a partial file that no living process can be writing
 
 
 class RunLog:
@@ -141,6 +144,7 @@ def claim_path(out_dir: Path, started: datetime) -> Path:
     """The log's path, for this process alone: of the second it started in, or of the next second that is free."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(out_dir, before=started - timedelta(seconds=ABANDONED_SECONDS))
         while True:
             path = out_dir / f"run_{started:%Y%m%d_%H%M%S}.json"
             started += timedelta(seconds=1)
@@ -155,6 +159,14 @@ def claim_path(out_dir: Path, started: datetime) -> Path:
             partial_of(path).unlink()  # the other process has just written its first log
     except OSError as error:
         raise UserError(f"out_dir {out_dir} cannot be written: {error.strerror}") from error
+
+
+def remove_abandoned(out_dir: Path, *, before: datetime) -> None:
+    """Delete what killed runs left behind."""
+    for partial in out_dir.glob(".run_*.json.partial"):
+        with contextlib.suppress(FileNotFoundError):  # a living run has just replaced its log
+            if partial.stat().st_mtime < before.timestamp():
+                partial.unlink()
 
 
 def partial_of(path: Path) -> Path:

@@ -53,6 +53,30 @@ def test_a_dialogue_remembers_and_ends_with_the_input(
     assert capsys.readouterr().out == f"{FIRST}\n{SECOND}\n\n"
 
 
+def test_a_line_that_is_not_utf_8_is_refused_and_the_dialogue_goes_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\n\xff\ngo\n"), encoding="utf-8"))
+    chat.main([str(run), "--temperature=none"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [FIRST, "the line holds half a character (\\udcff at 0); mend or remove it", SECOND, ""]
+
+
+def test_a_closed_input_is_one_that_has_ended(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "stdin", None)
+    chat.main([str(run)])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_character_that_the_terminal_cannot_show_becomes_a_question_mark(run: Path, monkeypatch: pytest.MonkeyPatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    chat.main([str(run), "--prompt=hi", "--temperature=none"])
+    assert shown.getvalue() == FIRST.encode("ascii", "replace") + b"\n"
+
+
 def test_a_system_message_goes_first(run: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[list[str]] = []
     monkeypatch.setattr(
@@ -90,13 +114,18 @@ def test_bad_settings_and_files_are_refused_before_the_model_is_read(tmp_path: P
         chat.main(["--prompt=hi"])
     with pytest.raises(UserError, match=r"did you mean 'temperature'[\s\S]*top_p must be above 0"):
         chat.main(["ckpt.pt", "--temprature=1", "--top_p=0"])
+    with pytest.raises(
+        UserError, match=r"seed must be at least 0[\s\S]*prompt holds half a character[\s\S]*system hol"
+    ):
+        chat.main(["ckpt.pt", f"--seed={2**64}", "--prompt=caf\udce9", "--system=\udcff"])
     with pytest.raises(UserError, match="no such checkpoint"):
         chat.main([str(tmp_path / "ckpt.pt")])
 
 
-def test_a_device_that_is_not_there_is_refused(run: Path):
-    with pytest.raises(UserError, match="device 'abacus' cannot be used here"):
-        chat.main([str(run), "--prompt=hi", "--device=abacus"])
+@pytest.mark.parametrize("device", ["abacus", "meta", "privateuseone"])
+def test_a_device_that_is_not_there_or_cannot_compute_is_refused(run: Path, device: str):
+    with pytest.raises(UserError, match=f"device '{device}' cannot be used here"):
+        chat.main([str(run), "--prompt=hi", f"--device={device}"])
 
 
 def test_the_program_exits_with_2_and_one_message(tmp_path: Path):

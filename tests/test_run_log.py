@@ -152,6 +152,15 @@ def test_logs_that_start_within_one_second_get_files_of_their_own(tmp_path: Path
     assert all(len(name) == len("run_20260101_120000.json") for name in names)
 
 
+def test_what_a_killed_run_left_is_removed_and_what_a_living_one_may_be_writing_is_not(tmp_path: Path):
+    abandoned, fresh = (tmp_path / f".run_20200101_00000{second}.json.partial" for second in (1, 2))
+    for path in (abandoned, fresh):
+        path.touch()
+    os.utime(abandoned, (0, 0))
+    log = open_log(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([fresh, log.path])
+
+
 def test_a_reader_and_a_kill_find_valid_json_at_every_moment(tmp_path: Path):
     program = (
         "import sys, itertools; from tests.test_run_log import *; log = open_log(Path(sys.argv[1]), save_seconds=0)\n"

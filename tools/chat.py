@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from sft.config import load_settings
 from sft.errors import UserError, run_program
 from sft.generate import stream
 from sft.pretrained import checkpoint_file, is_hugging_face_folder
-from sft.records import Message
+from sft.records import BadRecord, Message, text_of
 from sft.tokenizer import Tokenizer, load_tokenizer
 
 USAGE = "python tools/chat.py CKPT [--name=value ...]"
@@ -44,6 +45,13 @@ class ChatSettings:
         for name, value in (("top_k", self.top_k), ("max_new_tokens", self.max_new_tokens)):
             if value is not None and value < 1:
                 yield name, f"{name} must be at least 1, not {value}"
+        if not 0 <= self.seed < 2**63:
+            yield "seed", f"seed must be at least 0 and below 2**63, not {self.seed}"
+        for name, text in (("prompt", self.prompt), ("system", self.system)):
+            try:
+                text_of(text or "", name)
+            except BadRecord as error:
+                yield name, str(error)
 
 
 def main(argv: list[str]) -> None:
@@ -51,6 +59,7 @@ def main(argv: list[str]) -> None:
     if not is_help and (not argv or argv[0].startswith("--")):
         raise UserError(f"which checkpoint? {USAGE}")
     settings = load_settings(ChatSettings, argv if is_help else argv[1:], usage=USAGE).settings
+    be_lenient_with_encodings()
     model, tokenizer = load_model_and_tokenizer(Path(argv[0]), settings)
     opening = [] if settings.system is None else [Message("system", settings.system)]
     if settings.prompt is not None:
@@ -58,9 +67,11 @@ def main(argv: list[str]) -> None:
         return
     history = list(opening)
     for question in questions():
-        history.append(Message("user", question))
         try:
+            history.append(Message("user", text_of(question, "the line")))
             history.append(Message("assistant", answer(model, tokenizer, history, settings)))
+        except BadRecord as error:
+            print(error)
         except UserError as error:  # more than the model has positions for
             print(f"{error}\n[the dialogue begins again]")
             history = list(opening)
@@ -84,16 +95,25 @@ def load_model_and_tokenizer(path: Path, settings: ChatSettings) -> tuple[Config
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name; UserError where this machine has none."""
+    """The device of that name; UserError where this machine has none that computes."""
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # PyTorch raises either, by how it was built
+        number = torch.zeros((), device=name)
+        number.item()  # which the meta device has not
+        return number.device
+    except (RuntimeError, AssertionError, ImportError) as error:  # PyTorch raises any, by how it was built
         raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def be_lenient_with_encodings() -> None:
+    """Let no byte that is typed and no character that cannot be shown end the dialogue."""
+    for file, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(errors=errors)
 
 
 def questions() -> Iterator[str]:
     """What the person types, line by line, until the input ends."""
-    while True:
+    while sys.stdin is not None:  # None = closed by who started this
         try:
             line = input("you> " if sys.stdin.isatty() else "").strip()
         except EOFError:
