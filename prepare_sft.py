@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
     paths = readable_files(settings.input)
     tokenizer = load_tokenizer(settings.tokenizer)
     refuse_other_tokenizer(Path(settings.out_dir), tokenizer)
-    refuse_to_lose([*paths, *tokenizer.files], Path(settings.out_dir))
+    refuse_to_lose([*paths, *tokenizer.files.values()], Path(settings.out_dir))
     try:
         with PreparedWriter(settings.out_dir) as writer:
             preparation = Preparation(paths, tokenizer, settings, writer)
@@ -134,7 +134,7 @@ def refuse_other_tokenizer(out_dir: Path, tokenizer: Tokenizer) -> None:
     Those under other names count too: load_tokenizer(out_dir) might find them.
     """
     earlier = earlier_meta(out_dir).get("tokenizer_files", [])
-    ours = {out_dir / file.name: file for file in tokenizer.files}
+    ours = {out_dir / name: file for name, file in tokenizer.files.items()}
     found = {path for path in [out_dir / "tokenizer.json", *out_dir.glob("*.tiktoken"), *ours] if path.exists()}
     fine = {
         path for path in found & ours.keys() if path.name in earlier or filecmp.cmp(path, ours[path], shallow=False)
@@ -250,7 +250,7 @@ def facts(resolved: Resolved[PrepareSettings], done: Preparation) -> dict[str, A
     tokenizer = done.tokenizer
     return {
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "tokenizer_files": [file.name for file in tokenizer.files],
+        "tokenizer_files": list(tokenizer.files),
         "vocab_size": tokenizer.vocab_size,
         "im_start_id": tokenizer.im_start,
         "im_end_id": tokenizer.im_end,

@@ -121,8 +121,6 @@ def _point(name: Path, target: Path) -> None:
         except OSError:
             shutil.copyfile(target, partial)
 
-    if name.exists() and name.samefile(target):
-        return  # rename(2) between two links of one file does nothing and would leave the partial behind
     _write_whole(name, link_or_copy)
 
 

@@ -44,6 +44,11 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:  # who reads our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
+    except OSError as error:  # the machine's refusal, which names what it refused
+        print(
+            f"error: {error.filename or 'the operating system'}: {error.strerror or error}", file=sys.stderr, flush=True
+        )
+        sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
         if is_first:
             print("interrupted", file=sys.stderr, flush=True)

@@ -51,13 +51,14 @@ class Tokenizer:
         *,
         token_bytes: Mapping[int, bytes],
         control: Mapping[str, int],
-        files: Sequence[Path],
+        files: Mapping[str, Path],
     ):
-        """`token_bytes` covers every id, added tokens included; `files` are what it takes to load this again."""
+        """`token_bytes` covers every id, added tokens included; `files` is what a folder needs, by name, to hold it."""
         self.encode_batch = encode_batch
         self.token_bytes = dict(token_bytes)
         self.control = dict(control)
-        self.files = list(files)
+        self.files = dict(files)
+        self.path = next(iter(self.files.values()))  # as it was named by who loaded it
         self.vocab_size = max(self.token_bytes, default=-1) + 1
         self.check()
         self.im_start, self.im_end, self.pad = (self.control[name] for name in (IM_START, IM_END, END_OF_TEXT))
@@ -67,7 +68,7 @@ class Tokenizer:
         missing = [name for name in (IM_START, IM_END, END_OF_TEXT) if name not in self.control]
         if missing:
             raise UserError(
-                f"{self.files[0]}: no control token {', '.join(missing)}; "
+                f"{self.path}: no control token {', '.join(missing)}; "
                 "ChatML needs each as an added token with special: true"
             )
         # Prefix spaces, lower case, missing bytes and an unknown token all show here.
@@ -75,7 +76,7 @@ class Tokenizer:
         ids = self.encode(probe)
         if self.decode(ids, skip_control=False) != probe or not set(self.control.values()).isdisjoint(ids):
             raise UserError(
-                f"{self.files[0]}: text does not come back from its ids unchanged; "
+                f"{self.path}: text does not come back from its ids unchanged; "
                 "only byte-level BPE vocabularies with all 256 bytes (Qwen, Llama 3, GPT-2) can be used"
             )
 
@@ -107,11 +108,11 @@ class Tokenizer:
 
     def copy_to(self, folder: str | Path) -> list[str]:
         """Copy the files into the folder, where load_tokenizer(folder) finds this tokenizer; their names."""
-        for file in self.files:
-            target = Path(folder) / file.name
+        for name, file in self.files.items():
+            target = Path(folder) / name
             if not (target.exists() and target.samefile(file)):
                 shutil.copyfile(file, target)
-        return [file.name for file in self.files]
+        return list(self.files)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -146,12 +147,15 @@ def json_tokenizer(path: Path) -> Tokenizer:
     byte_of = byte_of_character()
     token_bytes = {i: token_to_bytes(token, byte_of) for token, i in library.get_vocab().items()}
     token_bytes |= {i: token.content.encode() for i, token in added.items()}
+    files = {"tokenizer.json": path}
     config = path.with_name("tokenizer_config.json")
+    if path.name == "tokenizer.json" and config.exists():  # beside a file of another name it may be another's
+        files[config.name] = config
     return Tokenizer(
         encode_batch,
         token_bytes=token_bytes,
         control={token.content: i for i, token in sorted(added.items()) if token.special},
-        files=[path, config] if path.name == "tokenizer.json" and config.exists() else [path],
+        files=files,
     )
 
 
@@ -167,7 +171,7 @@ def tiktoken_tokenizer(path: Path) -> Tokenizer:
         tiktoken_encoder(ranks, {token: added[token] for token in QWEN3_OTHER}, QWEN3_PATTERN),
         token_bytes={i: token for token, i in ranks.items()} | {i: token.encode() for token, i in added.items()},
         control={token: added[token] for token in QWEN3_CONTROL},
-        files=[path],
+        files={path.name: path},
     )
 
 

@@ -217,3 +217,11 @@ def test_both_published_files_are_one_vocabulary(published, published_tiktoken):
 @given(text=TEXT)
 def test_both_published_files_give_the_same_ids(published, published_tiktoken, text):
     assert published.encode(text) == published_tiktoken.encode(text)
+
+
+def test_a_tokenizer_file_of_any_name_is_found_again_in_the_folder_it_is_copied_to(tmp_path):
+    named = save_tiny_tokenizer(tmp_path).rename(tmp_path / "mine.json")
+    tokenizer = load_tokenizer(named)
+    (tmp_path / "copy").mkdir()
+    assert tokenizer.copy_to(tmp_path / "copy") == ["tokenizer.json"]
+    assert load_tokenizer(tmp_path / "copy").fingerprint == tokenizer.fingerprint

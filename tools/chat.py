@@ -84,13 +84,13 @@ def load_model_and_tokenizer(path: Path, settings: ChatSettings) -> tuple[Config
         trained_with = read_checkpoint(checkpoint_file(path)).get("tokenizer_fingerprint")
     tokenizer = load_tokenizer(settings.tokenizer or (path if path.is_dir() else path.parent))
     if trained_with not in (None, tokenizer.fingerprint):
-        raise UserError(f"{tokenizer.files[0]}: not the tokenizer that {path} was trained with; see --tokenizer=")
+        raise UserError(f"{tokenizer.path}: not the tokenizer that {path} was trained with; see --tokenizer=")
     device = usable_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model = load_pretrained(path, device=device, dtype=getattr(torch, dtype))
     if tokenizer.vocab_size > model.vocab_size:
         sizes = f"{tokenizer.vocab_size:,} ids, the model {model.vocab_size:,}"
-        raise UserError(f"{tokenizer.files[0]}: not this model's tokenizer: it has {sizes}")
+        raise UserError(f"{tokenizer.path}: not this model's tokenizer: it has {sizes}")
     return model, tokenizer
 
 
