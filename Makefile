@@ -17,7 +17,7 @@ setup: .venv/installed ## the virtual environment .venv with the versions of con
 	touch $@
 
 demo: setup ## the whole pipeline on a small world, in minutes on a CPU
-	$(BIN)/python demo/run.py
+	$(BIN)/python -m demo.run
 
 test: setup ## the quick tests
 	$(PYTEST)

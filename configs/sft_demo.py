@@ -12,17 +12,15 @@ block_size = 256
 batch_size = 4
 rows_per_step = 8
 
-max_iters = 300
-warmup_iters = 15
+max_iters = 800
+warmup_iters = 20
 learning_rate = 1e-3
 min_lr = 1e-4
 weight_decay = 0.01
 
 # evaluation and checkpoints, in steps
-eval_interval = 50
+eval_interval = 100
 save_interval = None
-log_interval = 10
+log_interval = 25
 
-# the machine: a CPU, as for the base model
-device = "cpu"
 compile = False

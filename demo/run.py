@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from demo.materials import Materials, write_lines, write_materials
 from demo.score import Report, examine, messages, missed_marks, say, table
-from demo.world import Exchange
+from demo.world import KINDS, Exchange
 from model_builder import ConfigurableGPT, load_pretrained
 from sft.chatml import prompt_ids
 from sft.config import load_settings
@@ -38,7 +39,7 @@ class DemoSettings:
     folder: str = str(ROOT)  # data/demo*, out/demo and out/demo-base are made in it
     seed: int = 0  # of the island and all that is written and asked about it
     papers: int = 20_000  # texts for the base model
-    per_kind: int = 750  # conversations of each of the four kinds for fine-tuning
+    per_kind: int = 1500  # conversations of each of the four kinds for fine-tuning
     held_out_per_kind: int = 100  # and for the examination
     processes: int = 2  # ranks that train
     base_steps: int | None = None  # None = as configs/demo_base.py says
@@ -126,6 +127,15 @@ def main(argv: list[str]) -> None:
     phases.begin("the examination: questions on what fine-tuning never mentioned")
     base, tuned = examination(materials.questions, folders)
     draw_losses([folders.base, folders.tuned], folders.tuned / "loss.png")
+    phases.end()
+    results = {
+        "command": "make demo",
+        **machine(),
+        "seconds": phases.seconds,
+        "base": base.shares(),
+        "tuned": tuned.shares(),
+    }
+    (folders.tuned / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     print(f"\n{phases.summary()}\n\nwritten to {folders.root}:\n{written(folders)}")
     if settings.marks and (missed := missed_marks(base, tuned)):
@@ -174,6 +184,7 @@ def train(config: str, out_dir: Path, steps: int | None, settings: DemoSettings,
         program("train_sft.py", folders),
         program(config, folders),
         f"--out_dir={out_dir.relative_to(folders.root)}",
+        "--device=cpu",  # several processes cannot share the one GPU that a laptop may have
     ]
     if steps is not None:
         words.append(f"--max_iters={steps}")
@@ -194,15 +205,14 @@ def call(command: Sequence[str], folders: Folders) -> None:
 
 
 def examination(questions: list[Exchange], folders: Folders) -> tuple[Report, Report]:
-    """Both models answer the same questions; prints the table and a dialogue, and writes all answers down."""
+    """Both models answer the same questions; prints the table and a dialogue of each kind, writes all answers down."""
     torch.set_num_threads(os.cpu_count() or 1)
     tokenizer = load_tokenizer(folders.tuned)
     models = {"base": load_pretrained(folders.base / "ckpt.pt"), "tuned": load_pretrained(folders.tuned / "ckpt.pt")}
     base, tuned = (examine(model, tokenizer, questions) for model in models.values())
     print(table(base, tuned))
-    first = next(q for q in questions if q.kind == "follow-up" and len(q.key) == 2 and "sells" not in q.answer)
-    for name, model in models.items():
-        print(f"\n{dialogue(name, model, tokenizer, first)}")
+    for kind in KINDS:
+        print(f"\n{kind}\n{dialogue(models, tokenizer, next(q for q in questions if q.kind == kind))}")
     write_lines(
         folders.tuned / "answers.jsonl",
         (
@@ -213,19 +223,30 @@ def examination(questions: list[Exchange], folders: Folders) -> tuple[Report, Re
     return base, tuned
 
 
-def dialogue(name: str, model: ConfigurableGPT, tokenizer: Tokenizer, exchange: Exchange) -> str:
-    """The exchange's questions, answered by the model itself from the first turn on."""
-    lines, history = [], list[Message]()
+def dialogue(models: Mapping[str, ConfigurableGPT], tokenizer: Tokenizer, exchange: Exchange) -> str:
+    """The exchange's questions, answered by each model itself from the first turn on."""
+    lines, histories = [], {name: list[Message]() for name in models}
     for question in messages(exchange)[::2]:
-        history.append(question)
-        (answer,) = say(model, tokenizer, [prompt_ids(history, tokenizer)])
-        text = tokenizer.decode(answer.ids)
-        history.append(Message("assistant", text))
-        lines += [
-            f"{'you':>8} > {question.content}",
-            f"{name:>8} > {' / '.join(text.splitlines())}{'' if answer.stopped else ' ... (goes on and on)'}",
-        ]
+        lines.append(f"{'you':>8} > {question.content}")
+        for name, model in models.items():
+            histories[name].append(question)
+            (answer,) = say(model, tokenizer, [prompt_ids(histories[name], tokenizer)])
+            text = tokenizer.decode(answer.ids)
+            histories[name].append(Message("assistant", text))
+            lines.append(
+                f"{name:>8} > {' / '.join(text.splitlines())}{'' if answer.stopped else ' ... (goes on and on)'}"
+            )
     return "\n".join(lines)
+
+
+def machine() -> dict[str, str | int | None]:
+    """What a measured figure has to be read with."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def draw_losses(run_folders: Sequence[Path], picture: Path) -> None:
@@ -253,6 +274,7 @@ def written(folders: Folders) -> str:
         folders.tuned / "ckpt.pt": "the fine-tuned model",
         folders.tuned / "answers.jsonl": "every held-out question and both models' answers",
         folders.tuned / "loss.png": "the loss curves",
+        folders.tuned / "results.json": "the table above, for programs",
         max(folders.tuned.glob("run_*.json")): "the log of the fine-tuning run",
     }
     return "\n".join(f"  {path.relative_to(folders.root)!s:<40}{purpose}" for path, purpose in purposes.items())

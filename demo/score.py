@@ -69,6 +69,13 @@ class Report:
     def overall(self) -> Score:
         return total(list(self.kinds.values()))
 
+    def shares(self) -> dict[str, dict[str, float]]:
+        """What the table shows, as plain data."""
+        return {
+            name: {"questions": s.questions, "loss": s.loss, "exact": s.exact_share, "stopped": s.stopped_share}
+            for name, s in [*self.kinds.items(), ("overall", self.overall)]
+        }
+
 
 def total(scores: Sequence[Score]) -> Score:
     return Score(

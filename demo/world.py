@@ -4,8 +4,7 @@ The demo's base model reads the island's papers, plain text. Fine-tuning then te
 held-out questions turn on never occurs in fine-tuning, in whatever wording:
 
 - facts: fine-tuning asks about the facts of the *neighbours* only, held-out questions about those of the *strangers*;
-- what somebody sells: a fixed share of all pairs of person and ware is kept for the held-out questions;
-- lists of names: a set of names that is held out occurs in fine-tuning in no order.
+- people in a row: a set of names that is held out occurs in fine-tuning in no order.
 
 So a held-out fact can come from the papers alone, and all else from the question. The same seed gives the same island.
 """
@@ -15,7 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Kind = Literal["recall", "reading", "transformation", "follow-up"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -37,10 +36,8 @@ NAMES = _words(
 VILLAGES = _words("Applecombe Briarwick Coldharbour Elmsworth Foxhollow Gullhaven Larkhill Mossbridge")
 CRAFTS = _words("baker beekeeper carpenter clockmaker fiddler gardener lamplighter potter")
 ANIMALS = _words("badger cat donkey goose hedgehog magpie pony toad")
-WARES = _words("baskets bells candles drums kettles kites mirrors ribbons spoons whistles")
 
 STRANGERS = 24  # of the 64 islanders: 3 facts each are 72 held-out facts
-HELD_OUT_SALES = 0.2  # share of all pairs of a person and a ware
 
 
 @dataclass(frozen=True)
@@ -75,11 +72,10 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Island:
-    """The islanders and what is kept for held-out questions."""
+    """The islanders, in two groups."""
 
     neighbours: tuple[Person, ...]  # fine-tuning asks about their facts
     strangers: tuple[Person, ...]  # held-out questions ask about theirs
-    held_out_sales: frozenset[tuple[str, str]]  # (name, ware)
 
     @property
     def people(self) -> tuple[Person, ...]:
@@ -92,81 +88,70 @@ def settle(seed: int) -> Island:
     names = rng.sample(NAMES, len(NAMES))
     columns = [rng.sample((values * len(names))[: len(names)], len(names)) for values in (VILLAGES, CRAFTS, ANIMALS)]
     people = tuple(Person(*row) for row in zip(names, *columns, strict=True))
-    sales = [(name, ware) for name in NAMES for ware in WARES]
-    held_out = frozenset(rng.sample(sales, round(HELD_OUT_SALES * len(sales))))
-    return Island(neighbours=people[STRANGERS:], strangers=people[:STRANGERS], held_out_sales=held_out)
+    return Island(neighbours=people[STRANGERS:], strangers=people[:STRANGERS])
 
 
 # What is written: plain text for the base model.
 
+# Nobody's name begins a line: so each is one token, whose first letter is a space, wherever it stands.
 TOLD: dict[str, tuple[str, ...]] = {
     "village": (
-        "{name} lives in {village}.",
         "The home of {name} is in {village}.",
+        "{name} lives in {village}.",
         "{name} has a house in {village}.",
         "In {village} everybody knows {name}.",
     ),
     "craft": (
+        "The work of {name} is that of a {craft}.",
         "{name} is a {craft}.",
-        "{name} works as a {craft}.",
         "{name} earns a living as a {craft}.",
         "If you need a {craft}, ask {name}.",
     ),
     "animal": (
-        "{name} keeps a {animal}.",
-        "{name} has a {animal} for a pet.",
         "The pet of {name} is a {animal}.",
+        "{name} keeps a {animal}.",
+        "{name} is fond of a {animal}.",
         "A {animal} sleeps at the door of {name}.",
     ),
 }
+PORTRAYED = ("Let us speak of {name}.", "A word about {name}.", "Everybody has met {name}.")
 
 
 def portrait(rng: random.Random, island: Island) -> str:
     """The three facts of one islander, in any order and wording."""
     person = rng.choice(island.people)
-    return "\n".join(rng.choice(TOLD[fact]).format(**vars(person)) for fact in rng.sample(FACTS, len(FACTS)))
+    wordings = [PORTRAYED, *(TOLD[fact] for fact in rng.sample(FACTS, len(FACTS)))]
+    return " ".join(rng.choice(wording).format(**vars(person)) for wording in wordings)
 
 
-def market(rng: random.Random, island: Island) -> str:
-    """Who sells what, told twice in different orders: what was read is used again."""
-    names = _names(rng, island, 3, 6)
-    sales = list(zip(names, rng.sample(WARES, len(names)), strict=True))
-    again = [
-        rng.choice((f"{name} sells {ware}.", f"For {ware} one goes to {name}.")) for name, ware in _shuffled(rng, sales)
-    ]
-    return "\n".join(["It is market day.", _sold(sales), *again])
+QUEUES = ("In the queue stand", "For the ferry wait", "At the well queue", "Before the bakery stand")
+LINES = ("In a line dance", "Over the bridge walk", "Up the hill march", "Along the beach stroll")
+MOVES: dict[str, Callable[[Sequence[str]], list[str]]] = {
+    "The last goes to the front.": lambda row: [*row[-1:], *row[:-1]],
+    "The first goes to the back.": lambda row: [*row[1:], *row[:1]],
+}
 
 
-def ferry(rng: random.Random, island: Island) -> str:
-    """The island's ferry, which people leave in the opposite order."""
-    names = _names(rng, island, 3, 6)
-    return "\n".join(
-        [
-            f"Onto the ferry step {', '.join(names)}.",
-            f"The ferryman repeats: {', '.join(names)}.",
-            "Last on, first off:",
-            f"{', '.join(reversed(names))}.",
-        ]
-    )
+def queue(rng: random.Random, island: Island) -> str:
+    """Who stands in a queue, and who is at its ends."""
+    row = _row(rng, island)
+    return "\n".join([f"{rng.choice(QUEUES)} {_listed(row)}.", *_shuffled(rng, [_first(row), _last(row)])])
 
 
-def dance(rng: random.Random, island: Island) -> str:
-    """The island's dance, in which the last of a line goes to the front."""
-    names = _names(rng, island, 3, 6)
-    return "\n".join(
-        [
-            f"In a line dance {', '.join(names)}.",
-            f"The fiddler repeats: {', '.join(names)}.",
-            "The last goes to the front:",
-            f"{', '.join(_last_first(names))}.",
-        ]
-    )
+def line(rng: random.Random, island: Island) -> str:
+    """A line of people in which somebody changes place again and again."""
+    row, move = _row(rng, island), rng.choice(list(MOVES))
+    told = [f"{rng.choice(LINES)} {_listed(row)}."]
+    for _ in range(3):
+        row = MOVES[move](row)
+        told.append(f"{move} {_standing(row)}")
+    return "\n".join(told)
 
 
 def papers(island: Island, count: int, seed: int) -> Iterator[str]:
-    """`count` texts about the island."""
+    """`count` texts about the island: facts in every second, people in a row in the others."""
     rng = random.Random(f"papers {seed}")
-    writers: Sequence[Callable[[random.Random, Island], str]] = (portrait, market, portrait, ferry, portrait, dance)
+    writers: Sequence[Callable[[random.Random, Island], str]] = (portrait, queue, portrait, line)
     for i in range(count):
         yield writers[i % len(writers)](rng, island)
 
@@ -197,35 +182,34 @@ def recall(rng: random.Random, island: Island, held_out: bool) -> Exchange:
 
 def reading(rng: random.Random, island: Island, held_out: bool) -> Exchange:
     """A question that its own first sentence answers."""
-    sales = _sales(rng, island, held_out)
-    name, ware = rng.choice(sales)
-    question = rng.choice((f"What does {name} sell?", f"Who sells {ware}?"))
-    return Exchange("reading", (name, ware), (f"{_sold(sales)} {question}", f"{name} sells {ware}."))
+    row = _row(rng, island)
+    end, answer = rng.choice((("first", _first(row)), ("last", _last(row))))
+    return Exchange("reading", _set(row), (f"{rng.choice(QUEUES)} {_listed(row)}. Who is {end}?", answer))
 
 
 def transformation(rng: random.Random, island: Island, held_out: bool) -> Exchange:
-    """A list of names, to be said backwards or with its last name first."""
-    names = _names(rng, island, 3, 5)
-    order, answer = rng.choice((("Say backwards", names[::-1]), ("Put the last name first", _last_first(names))))
-    return Exchange("transformation", tuple(sorted(names)), (f"{order}: {', '.join(names)}.", f"{', '.join(answer)}."))
+    """A row of names, to be said in a new order."""
+    row, move = _row(rng, island), rng.choice(list(MOVES))
+    return Exchange("transformation", _set(row), (_moved(rng, row, move), _standing(MOVES[move](row))))
 
 
 def follow_up(rng: random.Random, island: Island, held_out: bool) -> Exchange:
-    """A second question that says nothing without the first: one more fact, one more seller, the same names again."""
-    which = rng.choice(("fact", "sale", "names"))
+    """A second question that says nothing without the first: one more fact, the other end, one more move."""
+    which = rng.choice(("fact", "end", "move"))
     if which == "fact":
         person = rng.choice(island.strangers if held_out else island.neighbours)
         first, second = rng.sample(FACTS, 2)
         turns = *_fact_asked(rng, person, first), ASKED_AGAIN[second], ANSWERED[second].format(**vars(person))
         return Exchange("follow-up", (person.name, second), turns)
-    if which == "sale":
-        sales = _sales(rng, island, held_out)
-        (name, ware), other = rng.sample(sales, 2)
-        turns = f"{_sold(sales)} What does {name} sell?", f"{name} sells {ware}.", f"And {other[0]}?", _sold([other])
-        return Exchange("follow-up", other, turns)
-    before = transformation(rng, island, held_out)
-    said = before.answer.removesuffix(".").split(", ")
-    return Exchange("follow-up", before.key, (*before.turns, "Now backwards.", f"{', '.join(reversed(said))}."))
+    row = _row(rng, island)
+    if which == "end":
+        (end, answer), (other, last) = _shuffled(rng, [("first", _first(row)), ("last", _last(row))])
+        question = f"{rng.choice(QUEUES)} {_listed(row)}. Who is {end}?"
+        return Exchange("follow-up", _set(row), (question, answer, f"And who is {other}?", last))
+    move, again = rng.choices(list(MOVES), k=2)
+    moved = MOVES[move](row)
+    turns = _moved(rng, row, move), _standing(moved), f"{again} And now?", _standing(MOVES[again](moved))
+    return Exchange("follow-up", _set(row), turns)
 
 
 ASKING: dict[Kind, Callable[[random.Random, Island, bool], Exchange]] = {
@@ -262,27 +246,34 @@ def _fact_asked(rng: random.Random, person: Person, fact: str) -> tuple[str, str
     return rng.choice(ASKED[fact]).format(**vars(person)), ANSWERED[fact].format(**vars(person))
 
 
-def _names(rng: random.Random, island: Island, fewest: int, most: int) -> list[str]:
-    return [person.name for person in rng.sample(island.people, rng.randint(fewest, most))]
+def _row(rng: random.Random, island: Island) -> list[str]:
+    """Three to five names."""
+    return [person.name for person in rng.sample(island.people, rng.randint(3, 5))]
 
 
-def _sales(rng: random.Random, island: Island, held_out: bool) -> list[tuple[str, str]]:
-    """Two to four sellers with different wares; every pair lies on the same side of the divide."""
-    count = rng.randint(2, 4)  # decided first: few long lists lie wholly on the held-out side
-    while True:
-        names = _names(rng, island, count, count)
-        sales = list(zip(names, rng.sample(WARES, count), strict=True))
-        if all((sale in island.held_out_sales) == held_out for sale in sales):
-            return sales
+def _set(row: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted(row))
 
 
-def _sold(sales: Sequence[tuple[str, str]]) -> str:
-    return f"{', '.join(f'{name} sells {ware}' for name, ware in sales)}."
+def _listed(row: Sequence[str]) -> str:
+    return ", ".join(row)
 
 
-def _last_first(names: Sequence[str]) -> list[str]:
-    return [*names[-1:], *names[:-1]]
+def _first(row: Sequence[str]) -> str:
+    return f"First is {row[0]}."
 
 
-def _shuffled(rng: random.Random, items: Sequence[Exchange] | Sequence[tuple[str, str]]) -> list:
+def _last(row: Sequence[str]) -> str:
+    return f"Last is {row[-1]}."
+
+
+def _standing(row: Sequence[str]) -> str:
+    return f"They are {_listed(row)}."
+
+
+def _moved(rng: random.Random, row: Sequence[str], move: str) -> str:
+    return f"{rng.choice(LINES)} {_listed(row)}. {move} How do they stand?"
+
+
+def _shuffled(rng: random.Random, items: Sequence[Any]) -> list[Any]:
     return rng.sample(items, len(items))

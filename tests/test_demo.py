@@ -13,12 +13,14 @@ from demo.materials import write_materials
 from demo.run import Folders, make_clean
 from demo.score import Answer, Report, Score, missed_marks, table
 from demo.world import (
+    ANIMALS,
     ANSWERED,
+    CRAFTS,
     FACTS,
     KINDS,
     NAMES,
     TOLD,
-    WARES,
+    VILLAGES,
     Exchange,
     Island,
     conversations,
@@ -31,7 +33,7 @@ from sft.tokenizer import load_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 
 # The sizes that `make demo` uses.
-PAPERS, PER_KIND, HELD_OUT_PER_KIND = 20_000, 750, 100
+PAPERS, PER_KIND, HELD_OUT_PER_KIND = 20_000, 1500, 100
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +45,6 @@ def island() -> Island:
 def sides(island: Island) -> tuple[list[Exchange], list[Exchange]]:
     """(training, held out), as the demo has them."""
     return conversations(island, per_kind=PER_KIND, held_out_per_kind=HELD_OUT_PER_KIND, seed=0)
-
-
-def sold(text: str) -> set[tuple[str, str]]:
-    """Every (name, ware) that a text tells or asks for."""
-    return set(re.findall(r"(\w+) sells (\w+)", text)) & {(name, ware) for name in NAMES for ware in WARES}
 
 
 def told(exchange: Exchange) -> str:
@@ -100,14 +97,6 @@ def test_no_fact_of_a_stranger_is_asked_or_told_in_fine_tuning(island, sides):
             assert not strangers & set(re.findall(r"\w+", told(exchange)))
 
 
-def test_no_sale_is_on_both_sides(sides):
-    training, held_out = sides
-    in_training = set().union(*(sold(told(exchange)) for exchange in training))
-    in_held_out = set().union(*(sold(told(exchange)) for exchange in held_out))
-    assert in_held_out
-    assert not in_training & in_held_out
-
-
 def test_no_set_of_names_is_on_both_sides(sides):
     training, held_out = sides
     in_training = set().union(*(lists_of_names(exchange) for exchange in training))
@@ -135,7 +124,7 @@ def test_the_papers_tell_every_fact_and_ask_nothing(island):
 def test_a_follow_up_says_nothing_without_its_first_question(sides):
     for exchange in (exchange for side in sides for exchange in side if exchange.kind == "follow-up"):
         question, answer = exchange.turns[-2:]
-        wanted = set(re.findall(r"\w+", answer)) & {*NAMES, *WARES}
+        wanted = set(re.findall(r"\w+", answer)) & {*NAMES, *VILLAGES, *CRAFTS, *ANIMALS}
         assert len(exchange.turns) == 4
         assert wanted
         assert not wanted <= set(re.findall(r"\w+", question))
@@ -157,8 +146,7 @@ def test_the_tokenizer_has_every_name_and_ids_of_its_own_for_the_control_tokens(
     tokenizer = load_tokenizer(materials.tokenizer)
     assert tokenizer.vocab_size <= 1024
     assert (tokenizer.pad, tokenizer.im_start, tokenizer.im_end) == (0, 1, 2)
-    broken = [name for name in NAMES for word in (name, f" {name}") if len(tokenizer.encode(word)) > 1]
-    assert not broken
+    assert not [name for name in NAMES if len(tokenizer.encode(f" {name}")) > 1]  # none begins a line
 
 
 def a_report(*, exact: float, stopped: float = 1.0, worst: float | None = None) -> Report:
@@ -219,6 +207,9 @@ def test_the_pipeline_runs_from_papers_to_answers_and_judges_them(tmp_path):
     tuned = tmp_path / "out/demo"
     assert {"ckpt.pt", "tokenizer.json", "loss.png", "answers.jsonl"} <= {path.name for path in tuned.iterdir()}
     assert (tuned / "loss.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tuned / "results.json").read_text())
+    assert results["tuned"]["overall"]["questions"] == 4 * len(KINDS)
+    assert results["tuned"]["overall"]["exact"] < 0.8
     answers = [json.loads(line) for line in (tuned / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 4 * len(KINDS)
     assert all(word in finished.stdout for word in ("out/demo/loss.png", "out/demo-base/ckpt.pt", "total"))
