@@ -18,7 +18,7 @@ block_size = 256
 batch_size = 2
 rows_per_step = 4
 
-max_iters = 2500
+max_iters = 2200
 warmup_iters = 60
 learning_rate = 4e-3
 min_lr = 4e-4

@@ -126,6 +126,8 @@ def portrait(rng: random.Random, island: Island) -> str:
 
 QUEUES = ("In the queue stand", "For the ferry wait", "At the well queue", "Before the bakery stand")
 LINES = ("In a line dance", "Over the bridge walk", "Up the hill march", "Along the beach stroll")
+# What is said between a row and its new order, so that one is found from the other by its words, not by a distance.
+ASIDES = ("", "Nobody is in a hurry. ", "The sun is out. ", "A gull cries. ", "And so it goes on. ")
 MOVES: dict[str, Callable[[Sequence[str]], list[str]]] = {
     "The last goes to the front.": lambda row: [*row[-1:], *row[:-1]],
     "The first goes to the back.": lambda row: [*row[1:], *row[:1]],
@@ -135,7 +137,8 @@ MOVES: dict[str, Callable[[Sequence[str]], list[str]]] = {
 def queue(rng: random.Random, island: Island) -> str:
     """Who stands in a queue, and who is at its ends."""
     row = _row(rng, island)
-    return "\n".join([f"{rng.choice(QUEUES)} {_listed(row)}.", *_shuffled(rng, [_first(row), _last(row)])])
+    ends = _shuffled(rng, [_first(row), _last(row)])
+    return "\n".join([f"{rng.choice(QUEUES)} {_listed(row)}.", *(rng.choice(ASIDES) + end for end in ends)])
 
 
 def line(rng: random.Random, island: Island) -> str:
@@ -144,7 +147,7 @@ def line(rng: random.Random, island: Island) -> str:
     told = [f"{rng.choice(LINES)} {_listed(row)}."]
     for _ in range(3):
         row = MOVES[move](row)
-        told.append(f"{move} {_standing(row)}")
+        told.append(f"{move} {rng.choice(ASIDES)}{_standing(row)}")
     return "\n".join(told)
 
 
@@ -247,8 +250,8 @@ def _fact_asked(rng: random.Random, person: Person, fact: str) -> tuple[str, str
 
 
 def _row(rng: random.Random, island: Island) -> list[str]:
-    """Three to five names."""
-    return [person.name for person in rng.sample(island.people, rng.randint(3, 5))]
+    """Three or four names."""
+    return [person.name for person in rng.sample(island.people, rng.randint(3, 4))]
 
 
 def _set(row: Sequence[str]) -> tuple[str, ...]:
