@@ -17,11 +17,11 @@ import torch
 
 from model_builder import ConfigurableGPT, load_pretrained
 from model_config import PRESETS, ModelArchitectureConfig, forward_flops, parameter_count
-from sft import elsewhere
+from sft import elsewhere, startup
 from sft.arrays import PreparedData
 from sft.batches import TrainLoader
 from sft.config import Resolved, fingerprint, load_settings, to_dict
-from sft.errors import UserError, run_program
+from sft.errors import EXIT_FAILED, UserError, run_program
 from sft.evaluation import Validation
 from sft.journal import Journal
 from sft.optim import Schedule, learning_rate_at, make_optimizer
@@ -29,14 +29,6 @@ from sft.packing import RowStream
 from sft.progress import Totals
 from sft.run import Run
 from sft.run_log import RunLog
-from sft.startup import (
-    ResumeChoice,
-    copy_tokenizer,
-    open_training_data,
-    prepare_out_dir,
-    read_saved_state,
-    refuse_other_tokenizer,
-)
 from sft.world import DeviceChoice, World, join_world
 
 # names of numbers, their range in words, and the range
@@ -64,9 +56,7 @@ class TrainSettings:
 
     block_size: int = 2048  # tokens in a row
     batch_size: int = 4  # rows per micro-step and GPU
-    gradient_accumulation_steps: int | None = (
-        None  # micro-steps per step and GPU; None = 1, or what rows_per_step needs
-    )
+    gradient_accumulation_steps: int | None = None  # micro-steps per step and GPU; None = 1, or as rows_per_step needs
     rows_per_step: int | None = None  # rows per step over all GPUs, instead of gradient_accumulation_steps
 
     max_iters: int | None = None  # length of the run in steps
@@ -89,19 +79,17 @@ class TrainSettings:
     log_save_seconds: float = 30.0  # at most this much of the run log is lost in a crash
     save_interval: int | None = 200  # steps between checkpoints; None = only at the end and at the best evaluation
     keep_checkpoints: int | None = 2  # numbered checkpoints to keep (the best one always stays); None = all
-    resume: ResumeChoice = "never"  # auto = go on from out_dir's newest checkpoint, if any
+    resume: startup.ResumeChoice = "never"  # auto = go on from out_dir's newest checkpoint, if any
 
     device: DeviceChoice = "auto"  # auto = CUDA where there is a GPU
-    dtype: Literal["auto", "bfloat16", "float32", "float64"] = (
-        "auto"  # compute type; auto = bfloat16 on CUDA, else float32
-    )
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # of computing; auto = bfloat16 on CUDA
     compile: bool | None = None  # torch.compile the blocks; None = on CUDA
     activation_checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, more time
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """(setting, what is wrong with it) for every value that cannot be used."""
         if (self.checkpoint_path is None) == (self.model is None):
-            yield "checkpoint_path", "set checkpoint_path or model: one of the two"
+            yield "checkpoint_path", "set checkpoint_path or model: one of the two, the other none"
         if self.checkpoint_path is not None and not Path(self.checkpoint_path).exists():
             yield "checkpoint_path", f"checkpoint_path {self.checkpoint_path!r} does not exist"
         if self.model is not None:
@@ -111,7 +99,7 @@ class TrainSettings:
         if not Path(self.sft_data_dir).is_dir():
             yield "sft_data_dir", f"sft_data_dir {self.sft_data_dir!r} does not exist; write it with prepare_sft.py"
         if (self.max_iters is None) == (self.max_epochs is None):
-            yield "max_iters", "set max_iters or max_epochs: one of the two"
+            yield "max_iters", "set max_iters or max_epochs: one of the two, the other none"
         if self.rows_per_step is not None and self.gradient_accumulation_steps is not None:
             yield "rows_per_step", "rows_per_step already decides gradient_accumulation_steps; set one of the two"
         for names, words, holds in RANGES:
@@ -170,18 +158,21 @@ def main(argv: list[str]) -> None:
     resolved = load_settings(TrainSettings, argv, elsewhere=elsewhere.TRAIN)
     with join_world(resolved.settings.device) as world:
         world.agree("settings", fingerprint(resolved.settings))
+        world.together(lambda: resolved.settings.micro_steps(world.size))
         train(resolved, world)
 
 
 def train(resolved: Resolved[TrainSettings], world: World) -> None:
     """The whole run on one rank: data, model, optimizer, resume, loop, close."""
     settings, out_dir = resolved.settings, Path(resolved.settings.out_dir)
-    data = world.together(lambda: open_training_data(settings.sft_data_dir, block_size=settings.block_size))
-    resume_path = world.on_main(lambda: prepare_out_dir(out_dir, resume=settings.resume))
-    saved = world.together(lambda: read_saved_state(resume_path, data, fixed=settings.fixed()) if resume_path else None)
+    data = world.together(lambda: startup.open_training_data(settings.sft_data_dir, block_size=settings.block_size))
+    resume_path = world.on_main(lambda: startup.prepare_out_dir(out_dir, resume=settings.resume))
+    saved = world.together(
+        lambda: startup.read_saved_state(resume_path, data, fixed=settings.fixed()) if resume_path else None
+    )
     model = world.together(lambda: build_model(settings, data, resume_path, world)).to(world.device)
-    loader = world.together(lambda: build_loader(settings, data, world))
-    world.on_main(lambda: copy_tokenizer(data, out_dir))
+    world.on_main(lambda: startup.copy_tokenizer(data, out_dir, resumes=resume_path is not None))
+    loader = build_loader(settings, data, world)
     log = world.together(lambda: open_log(resolved) if world.is_main else None)
     steps = settings.steps(rows_per_epoch=loader.stream.rows_per_epoch, rows_per_step=loader.rows_per_step)
     run = build_run(resolved, data, model, loader, Journal(world, log, steps=steps))
@@ -190,6 +181,10 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
             run.restore(saved)
         announce(settings, run, model, data, resume_path, steps=steps)
         loop(settings, run, steps=steps)
+    except torch.cuda.OutOfMemoryError as error:
+        run.close("failed: out of memory")
+        remedy = "lower batch_size or block_size, or set activation_checkpointing=True"
+        raise UserError(f"the GPU is out of memory; {remedy}", exit_status=EXIT_FAILED) from error
     except BaseException as error:
         run.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}: {error}")
         raise
@@ -233,7 +228,7 @@ def build_model(settings: TrainSettings, data: PreparedData, resume_path: Path |
     source = resume_path or settings.checkpoint_path
     dtype = torch.float64 if settings.dtype == "float64" else torch.float32
     if source is not None:
-        refuse_other_tokenizer(Path(source), data)
+        startup.refuse_other_tokenizer(Path(source), data)
         model = load_pretrained(source, dtype=dtype)
     else:
         torch.manual_seed(settings.seed)
@@ -251,11 +246,14 @@ def build_model(settings: TrainSettings, data: PreparedData, resume_path: Path |
 
 
 def new_architecture(settings: TrainSettings, data: PreparedData) -> ModelArchitectureConfig:
-    """The shape of a model from scratch; vocab_size and block_size come from the data and the settings if left out."""
+    """The shape of a model from scratch: at least the data's vocabulary, and this run's block_size if it has none."""
     if isinstance(settings.model, str):
-        return PRESETS[settings.model]
-    fitting = {"vocab_size": data.meta["vocab_size"], "block_size": settings.block_size}
-    return ModelArchitectureConfig.from_dict({**fitting, **(settings.model or {})})
+        fields = PRESETS[settings.model].to_dict()
+    else:
+        fields = {"vocab_size": 1, "block_size": settings.block_size, **(settings.model or {})}
+    return ModelArchitectureConfig.from_dict(
+        {**fields, "vocab_size": max(fields["vocab_size"], data.meta["vocab_size"])}
+    )
 
 
 def build_loader(settings: TrainSettings, data: PreparedData, world: World) -> TrainLoader:

@@ -73,19 +73,19 @@ def numbered_checkpoints(folder: str | os.PathLike[str]) -> list[tuple[int, Path
     return sorted(found, reverse=True)
 
 
-def newest_checkpoint(
-    folder: str | os.PathLike[str], *, warn: Callable[[str], None]
-) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a folder that can be read, and its content; None where there is none.
+def newest_checkpoint(folder: str | os.PathLike[str], *, warn: Callable[[str], None]) -> Path | None:
+    """The newest numbered checkpoint of a folder that can be read; None where there is none.
 
     A damaged newer one is passed over with a warning. Raises UserError when there are some but none can be read.
     """
     candidates = numbered_checkpoints(folder)
     for _, path in candidates:
         try:
-            return path, read_checkpoint(path)
+            read_checkpoint(path)
         except UserError as error:
             warn(f"warning: {error}")
+        else:
+            return path
     if candidates:
         raise UserError(f"{folder}: none of its {len(candidates)} checkpoints can be read; start in another out_dir")
     return None

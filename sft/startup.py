@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, Literal
 from sft.arrays import PreparedData, open_prepared
 from sft.checkpoint import newest_checkpoint, numbered_checkpoints, read_checkpoint, remove_partial_files
 from sft.errors import UserError, listed
+from sft.pretrained import checkpoint_file, is_hugging_face_folder
+from sft.tokenizer import load_tokenizer
 
 ResumeChoice = Literal["auto", "never", "required"]
 NEEDED_TO_RESUME = (
@@ -29,6 +32,8 @@ def open_training_data(folder: str, *, block_size: int) -> PreparedData:
     if len(data.splits["train"]) == 0:
         problems.append("the train split is empty; prepare more conversations")
     for name, split in data.splits.items():
+        if len(split) and not split.targets.min() > 0:
+            problems.append(f"{name} holds samples without a trained token; prepare it again")
         if len(split) and (longest := int(split.lengths.max())) > block_size:
             problems.append(
                 f"the longest sample of {name} has {longest} tokens, block_size is {block_size}; raise block_size, or "
@@ -49,17 +54,17 @@ def prepare_out_dir(out_dir: Path, *, resume: ResumeChoice) -> Path | None:
     except OSError as error:
         raise UserError(f"out_dir {out_dir}: cannot be written ({error.strerror}); choose another --out_dir") from error
     remove_partial_files(out_dir)
-    if resume == "never":
-        if found := numbered_checkpoints(out_dir):
-            raise UserError(
-                f"out_dir {out_dir} already holds checkpoints, the newest is {found[0][1].name}; go on from it with "
-                "--resume=auto, choose another --out_dir, or remove the old run"
-            )
-        return None
-    newest = newest_checkpoint(out_dir, warn=lambda line: print(line, flush=True))
-    if newest is None and resume == "required":
+    numbered = [path for _, path in numbered_checkpoints(out_dir)]
+    if resume == "never" and numbered:
+        raise UserError(
+            f"out_dir {out_dir} already holds checkpoints, the newest is {numbered[0].name}; go on from it with "
+            "--resume=auto, choose another --out_dir, or remove the old run"
+        )
+    if not numbered and (others := sorted(path.name for path in out_dir.glob("ckpt*.pt"))):
+        raise UserError(f"out_dir {out_dir} holds {', '.join(others)} of another run; choose another --out_dir")
+    if not numbered and resume == "required":
         raise UserError(f"out_dir {out_dir} holds no checkpoint to resume from; --resume=auto starts afresh")
-    return None if newest is None else newest[0]
+    return newest_checkpoint(out_dir, warn=lambda line: print(line, flush=True)) if numbered else None
 
 
 def read_saved_state(path: Path, data: PreparedData, *, fixed: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,6 +77,8 @@ def read_saved_state(path: Path, data: PreparedData, *, fixed: Mapping[str, Any]
         raise UserError(
             f"{path}: has no {', '.join(missing)}, so it cannot be resumed; start from it with --checkpoint_path={path}"
         )
+    if odd := [key for key in ("optimizer", "config", "progress") if not isinstance(saved[key], dict)]:
+        raise UserError(f"{path}: its {', '.join(odd)} cannot be understood; use an earlier checkpoint")
     problems = []
     if saved["data_fingerprint"] != data.fingerprint:
         problems.append(f"sft_data_dir: {data.folder} holds other data than the run was started with")
@@ -83,24 +90,37 @@ def read_saved_state(path: Path, data: PreparedData, *, fixed: Mapping[str, Any]
     return saved
 
 
-def refuse_other_tokenizer(checkpoint: Path, data: PreparedData) -> None:
-    """Raise UserError where a checkpoint file says that it was trained with another tokenizer than the data's."""
-    if checkpoint.is_dir():
-        return  # a Hugging Face folder says nothing of its ids; the sizes of the vocabularies are compared later
-    theirs = read_checkpoint(checkpoint).get("tokenizer_fingerprint")
+def refuse_other_tokenizer(source: Path, data: PreparedData) -> None:
+    """Raise UserError where a checkpoint or a folder tells of another tokenizer than the data's."""
+    theirs = None
+    if not is_hugging_face_folder(source):
+        theirs = read_checkpoint(checkpoint_file(source)).get("tokenizer_fingerprint")
+    elif (source / "tokenizer.json").is_file():
+        theirs = load_tokenizer(source).fingerprint
     ours = data.meta["tokenizer_fingerprint"]
-    if theirs is not None and theirs != ours:
+    if theirs not in (None, ours):
         raise UserError(
-            f"{data.folder}: prepared with another tokenizer ({ours[:12]}) than {checkpoint} was trained with "
+            f"{data.folder}: prepared with another tokenizer ({ours[:12]}) than {source} was trained with "
             f"({str(theirs)[:12]}); prepare it again with the tokenizer files beside that checkpoint"
         )
 
 
-def copy_tokenizer(data: PreparedData, out_dir: Path) -> None:
-    """Put the tokenizer's files beside the checkpoints, where chat and export look for them."""
+def copy_tokenizer(data: PreparedData, out_dir: Path, *, resumes: bool) -> None:
+    """Put the tokenizer's files beside the checkpoints, where chat and export look for them.
+
+    Raises UserError where that would replace somebody else's.
+    """
+    found = [path for path in (out_dir / "tokenizer.json", *out_dir.glob("*.tiktoken")) if path.exists()]
+    foreign = [path for path in found if not _is_copy(path, data.folder / path.name)]
+    if foreign and not resumes:
+        raise UserError(f"{foreign[0]}: another tokenizer than that of {data.folder}; choose another --out_dir")
     for name in data.meta["tokenizer_files"]:
         try:
-            if not ((out_dir / name).exists() and (out_dir / name).samefile(data.folder / name)):
+            if not _is_copy(out_dir / name, data.folder / name):
                 shutil.copyfile(data.folder / name, out_dir / name)
         except OSError as error:
             raise UserError(f"{data.folder / name}: cannot be copied to {out_dir} ({error.strerror})") from error
+
+
+def _is_copy(path: Path, original: Path) -> bool:
+    return path.exists() and original.exists() and filecmp.cmp(path, original, shallow=False)

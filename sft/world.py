@@ -45,10 +45,6 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with its gradients averaged over all ranks; the module itself in a world of one."""
         if self.size == 1:
@@ -98,7 +94,7 @@ class World:
 
 
 @contextmanager
-def join_world(choice: DeviceChoice = "auto", *, timeout_minutes: float = 30.0) -> Iterator[World]:
+def join_world(choice: DeviceChoice = "auto") -> Iterator[World]:
     """The world that torchrun describes in the environment, or a world of one; left in order at the end.
 
     NCCL on GPUs, one per local rank; gloo on CPUs. Raises UserError where CUDA is asked for and not to be had.
@@ -121,7 +117,7 @@ def join_world(choice: DeviceChoice = "auto", *, timeout_minutes: float = 30.0) 
         on_gpu = device.type == "cuda"
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timedelta(minutes=30),
             device_id=device if on_gpu else None,
         )
     try:

@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
     def save_and_die(run: Run, *, is_best: bool) -> None:
         save(run, is_best=is_best)
         if run.iter_num == last_step:
-            run.world.barrier()  # every rank has left the save
+            run.world.agree("steps", str(run.iter_num))  # every rank has left the save
             os.kill(os.getpid(), signal.SIGKILL)
 
     Run.save = save_and_die  # type: ignore[method-assign]

@@ -78,8 +78,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path):
     (tmp_path / "ckpt_000003.pt").write_bytes(whole[: len(whole) // 2])
     warnings = []
     found = newest_checkpoint(tmp_path, warn=warnings.append)
-    assert found is not None
-    assert found[0].name == "ckpt_000002.pt"
+    assert found == tmp_path / "ckpt_000002.pt"
     assert len(warnings) == 1
     assert "ckpt_000003.pt: damaged or cut short" in warnings[0]
 

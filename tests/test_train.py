@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,7 +104,16 @@ def test_a_finished_run_leaves_its_log_its_checkpoints_and_its_tokenizer(argumen
     assert {"ckpt_000012.pt", "ckpt.pt", "ckpt_best.pt", "tokenizer.json"} <= names
     assert not {"ckpt_000005.pt", "ckpt_000010.pt"} & names
 
+    assert list(first) == [
+        *("iter", "loss", "lr", "grad_norm", "trained_tokens", "tokens"),
+        *("time_ms", "tokens_per_second", "mfu", "memory_gib"),
+    ]
     content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert content.keys() == {
+        *("model", "optimizer", "model_args", "iter_num", "val_loss", "best_val_loss", "config", "config_origins"),
+        *("data_fingerprint", "tokenizer_fingerprint", "rows_seen", "trained_tokens_seen", "progress"),
+    }
+    assert content["config_origins"]["max_iters"] == "command line"
     assert content["config"]["max_iters"] == 12
     assert content["tokenizer_fingerprint"] == load_tokenizer(tmp_path).fingerprint
     model = load_pretrained(tmp_path / "ckpt.pt")
@@ -126,6 +136,7 @@ def test_rows_per_step_fixes_the_product_and_max_epochs_the_length(arguments, tm
     assert log["startup_info"]["steps"] == log["summary"]["iter"] == -(-2 * rows // 4)
     with pytest.raises(UserError, match="rows_per_step=3 is no multiple of 2 rows x 1 ranks"):
         train_sft.main(arguments(**changes, rows_per_step=3, batch_size=2, out_dir=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
@@ -166,6 +177,28 @@ def test_another_weight_decay_on_resume_is_used(arguments, tmp_path):
     train_sft.main(arguments(resume="auto", max_iters=8, weight_decay=0.5, beta1=0.1))
     group = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"][0]
     assert (group["weight_decay"], group["betas"][0]) == (0.5, 0.1)
+
+
+def test_a_new_model_has_a_drawn_embedding_for_every_id_of_the_data(arguments, tmp_path):
+    train_sft.main(arguments(model={**SHAPE, "vocab_size": 10}, learning_rate=1e-12, min_lr=0))
+    embedding = load_pretrained(tmp_path / "out" / "ckpt.pt").token_embeddings.weight
+    assert len(embedding) > 10
+    assert len(embedding.unique(dim=0)) == len(embedding)
+
+
+def test_a_gpu_out_of_memory_is_one_message(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "update", mock.Mock(side_effect=torch.cuda.OutOfMemoryError))
+    with pytest.raises(UserError, match="lower batch_size") as caught:
+        train_sft.main(arguments())
+    assert caught.value.exit_status == 1
+    assert run_log(tmp_path / "out")["status"] == "failed: out of memory"
+
+
+def test_the_first_lines_say_what_a_step_comes_to(arguments, capsys):
+    train_sft.main(arguments())
+    printed = capsys.readouterr().out
+    assert "step     1 rows x 2 micro-steps x 1 processes = 2 rows = 128 tokens a step" in printed
+    assert re.search(r"step      1/4  loss +\d\.\d{4}  lr 3\.33e-03  norm +\d+\.\d\d +\d+ ms +[\d.]+k? +tok/s", printed)
 
 
 def test_a_validation_loss_that_is_no_number_is_never_the_best(arguments, tmp_path, monkeypatch):
@@ -225,6 +258,27 @@ class TestRefusals:
         train_sft.main(arguments(resume="auto", max_iters=6))
         assert run_log(tmp_path / "out")["summary"]["iter"] == 6
 
+    @pytest.mark.parametrize("resume", ["never", "auto"])
+    def test_a_folder_with_checkpoints_of_another_program(self, arguments, tmp_path, resume):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "ckpt.pt").write_bytes(b"somebody's only checkpoint")
+        self.refused(arguments(resume=resume), r"holds ckpt\.pt of another run; choose another --out_dir")
+        assert (tmp_path / "out" / "ckpt.pt").read_bytes() == b"somebody's only checkpoint"
+
+    def test_a_folder_with_another_tokenizer(self, arguments, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "tokenizer.json").write_text("{}")
+        self.refused(arguments(), r"out/tokenizer\.json: another tokenizer than that of")
+        assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+    def test_samples_without_a_trained_token(self, arguments, prepared, tmp_path):
+        other = tmp_path / "other_data"
+        shutil.copytree(prepared, other)
+        targets = np.load(other / "train_targets.npy")
+        targets[3] = 0
+        np.save(other / "train_targets.npy", targets)
+        self.refused(arguments(sft_data_dir=other), "train holds samples without a trained token")
+
     def test_a_required_resume_where_there_is_nothing(self, arguments):
         self.refused(arguments(resume="required"), "holds no checkpoint to resume from")
 
@@ -273,10 +327,10 @@ class TestRefusals:
         meta = json.loads((other / "meta.json").read_text())
         meta["tokenizer_fingerprint"] = "f" * 64
         (other / "meta.json").write_text(json.dumps(meta))
-        self.refused(
-            arguments(model="none", checkpoint_path=tmp_path / "base" / "ckpt.pt", sft_data_dir=other),
-            "prepared with another tokenizer",
-        )
+        for source in (tmp_path / "base" / "ckpt.pt", tmp_path / "base"):  # a run's folder stands for its newest
+            self.refused(
+                arguments(model="none", checkpoint_path=source, sft_data_dir=other), "prepared with another tokenizer"
+            )
 
     def test_a_folder_that_cannot_be_written(self, arguments, tmp_path):
         (tmp_path / "file").write_text("not a folder")
