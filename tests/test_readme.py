@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from model_config import ModelArchitectureConfig
 from sft.tokenizer import load_tokenizer
 from tests.conftest import ROOT, SHAPE
 from tests.launch import torchrun
-from tests.test_house import readme_commands
+from tests.test_house import readme, readme_commands
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -99,3 +100,10 @@ def test_every_command_of_the_readme_runs(workplace, command, capsys):
         assert capsys.readouterr().out.endswith("\n")
     else:
         importlib.import_module(command[script].removesuffix(".py").replace("/", ".")).main(argv)
+
+
+def test_the_python_of_the_readme_runs(workplace):
+    (block,) = re.findall(r"^```python\n(.*?)^```", readme(), flags=re.DOTALL | re.MULTILINE)
+    names: dict = {"ids": torch.zeros(1, 3, dtype=torch.long)}
+    exec(block, names)
+    assert names["logits"].shape == (1, 3, names["model"].vocab_size)
