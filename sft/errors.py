@@ -28,28 +28,35 @@ def listed(headline: str, problems: Sequence[str]) -> UserError:
 
 
 def run_program(main: Callable[[list[str]], None]) -> None:
-    """Run main(argv) as a command: exit status 0 only when it returns; a UserError becomes one message on stderr.
+    """Run main(argv) as a command: exit status 0 only if that returns; a UserError becomes one message on stderr.
 
     Of the processes that torchrun starts on a machine, the first one speaks. The others wait to be ended by torchrun,
     which does so as soon as one process has left; a process that is still there had the error alone, and speaks too.
     """
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    status = 0
     try:
         main(sys.argv[1:])
     except UserError as error:
         if not is_first:
             time.sleep(FIRST_SPEAKS_WITHIN_SECONDS)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_status)
+        status = error.exit_status
     except BrokenPipeError:  # who reads our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_FAILED)
+        status = EXIT_FAILED
     except OSError as error:  # the machine's refusal, which names what it refused
         print(
             f"error: {error.filename or 'the operating system'}: {error.strerror or error}", file=sys.stderr, flush=True
         )
-        sys.exit(EXIT_FAILED)
+        status = EXIT_FAILED
     except KeyboardInterrupt:
         if is_first:
             print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(EXIT_INTERRUPTED)
+        status = EXIT_INTERRUPTED
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A thread of the process group that still wants the interpreter while it shuts down would abort the process
+        # and make a finished run a failed one. All files are closed: leave without shutting down.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

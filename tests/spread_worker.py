@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import sys
 
 import numpy as np
 import torch
 
 from sft.arrays import Samples
 from sft.batches import Document, make_batch
+from sft.errors import run_program
 from sft.evaluation import Validation
 from sft.packing import pack
 from sft.step import SummedLoss, accumulate_gradients
@@ -72,7 +72,7 @@ def validation_loss(world: World, *, batch_size: int) -> tuple[float, int]:
     return result.loss, result.trained_tokens
 
 
-def main(path: str) -> None:
+def main(argv: list[str]) -> None:
     results = {}
     with join_world("cpu") as world:
         for dtype, accumulation, layout in itertools.product([torch.float64, torch.float32], [1, 2, 4], LAYOUTS):
@@ -80,8 +80,8 @@ def main(path: str) -> None:
             results[key] = gradients(world, dtype, accumulation=accumulation, layout=layout)
         losses = {batch_size: validation_loss(world, batch_size=batch_size) for batch_size in (1, 2, 3)}
         if world.is_main:
-            torch.save({"gradients": results, "validation_losses": losses}, path)
+            torch.save({"gradients": results, "validation_losses": losses}, argv[0])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_program(main)
