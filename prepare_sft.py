@@ -9,6 +9,7 @@ import dataclasses
 import filecmp
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +19,10 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from sft import elsewhere
-from sft.arrays import NOT_TRAINED, SPLITS, PreparedWriter, earlier_meta, replaced_files, sha256_of
-from sft.chatml import Sample, cut, render_batch
+from sft.arrays import SPLITS, PreparedWriter, earlier_meta, replaced_files, sha256_of
+from sft.chatml import NOT_TRAINED, Sample, cut, render_batch
 from sft.config import Resolved, load_settings, to_dict
-from sft.errors import EXIT_FAILED, UserError, listed, run_program
+from sft.errors import EXIT_FAILED, UserError, run_program
 from sft.records import BadRecord, Conversation, Message, Problems, read_conversations, text_of
 from sft.tokenizer import Tokenizer, load_tokenizer
 
@@ -34,6 +35,8 @@ DROPPED = {"too_long": "too long", "no_trained_tokens": "no trained token"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
+    """Every knob of preparing. A sample is a rendered conversation; its length counts control tokens too."""
+
     input: str  # JSON lines or a JSON array of conversations; several files are separated by commas
     tokenizer: str  # tokenizer.json, *.tiktoken, or a folder that holds one
     out_dir: str  # folder for the arrays and meta.json; what was prepared there before is replaced
@@ -45,7 +48,13 @@ class PrepareSettings:
     system_prompt: str | None = None  # put in front of conversations that have no system turn
     max_samples: int | None = None  # stop once so many are kept; None = read everything
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files of input."""
+        return [Path(name.strip()) for name in self.input.split(",") if name.strip()]
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
+        """(setting, what is wrong with it) for every value that cannot be used."""
         if not 0 <= self.val_fraction < 1:
             yield "val_fraction", f"val_fraction must be at least 0 and below 1, not {self.val_fraction}"
         if self.block_size < 2:
@@ -56,9 +65,17 @@ class PrepareSettings:
             text_of(self.system_prompt or "", "system_prompt")
         except BadRecord as error:
             yield "system_prompt", str(error)
-        for name, path in (("input", self.input), ("tokenizer", self.tokenizer), ("out_dir", self.out_dir)):
-            if not path.strip():
-                yield name, f"{name} is empty; the current folder is '.'"
+        if not self.out_dir.strip():
+            yield "out_dir", "out_dir is empty; the current folder is '.'"
+        if not self.tokenizer.strip():
+            yield "tokenizer", "tokenizer is empty; the current folder is '.'"
+        elif not os.path.exists(self.tokenizer):
+            yield "tokenizer", f"tokenizer {self.tokenizer!r} does not exist"
+        if not self.paths:
+            yield "input", "input names no file"
+        for path in self.paths:
+            if reason := why_unreadable(path):
+                yield "input", f"input {str(path)!r} cannot be read: {reason}"
 
 
 class Ledger:
@@ -97,13 +114,12 @@ def main(argv: list[str]) -> None:
     started = time.perf_counter()
     resolved = load_settings(PrepareSettings, argv, elsewhere=elsewhere.PREPARE)
     settings = resolved.settings
-    paths = readable_files(settings.input)
     tokenizer = load_tokenizer(settings.tokenizer)
     refuse_other_tokenizer(Path(settings.out_dir), tokenizer)
-    refuse_to_lose([*paths, *tokenizer.files.values()], Path(settings.out_dir))
+    refuse_to_lose([*settings.paths, *tokenizer.files.values()], Path(settings.out_dir))
     try:
         with PreparedWriter(settings.out_dir) as writer:
-            preparation = Preparation(paths, tokenizer, settings, writer)
+            preparation = Preparation(tokenizer, settings, writer)
             preparation.run()
             tokenizer.copy_to(settings.out_dir)
             meta = writer.finish(facts(resolved, preparation))
@@ -113,19 +129,13 @@ def main(argv: list[str]) -> None:
     print(summary(settings.out_dir, meta, seconds=time.perf_counter() - started))
 
 
-def readable_files(names: str) -> list[Path]:
-    """The files of --input; UserError lists those that cannot be read."""
-    paths = [Path(name.strip()) for name in names.split(",") if name.strip()]
-    problems = []
-    for path in paths:
-        try:
-            with open(path, "rb"):
-                pass
-        except OSError as error:
-            problems.append(f"{path}: {(error.strerror or str(error)).lower()}")
-    if problems or not paths:
-        raise listed("--input cannot be read:", problems or ["it names no file"])
-    return paths
+def why_unreadable(path: Path) -> str | None:
+    """What the operating system says against reading a file; None where it can be read."""
+    try:
+        with open(path, "rb"):
+            return None
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
 
 
 def refuse_other_tokenizer(out_dir: Path, tokenizer: Tokenizer) -> None:
@@ -154,10 +164,10 @@ def refuse_to_lose(paths: Sequence[Path], out_dir: Path) -> None:
 class Preparation:
     """One pass over the conversations: read, render, fit, write."""
 
-    def __init__(self, paths: list[Path], tokenizer: Tokenizer, settings: PrepareSettings, writer: PreparedWriter):
-        self.paths, self.tokenizer, self.settings, self.writer = paths, tokenizer, settings, writer
+    def __init__(self, tokenizer: Tokenizer, settings: PrepareSettings, writer: PreparedWriter):
+        self.paths, self.tokenizer, self.settings, self.writer = settings.paths, tokenizer, settings, writer
         self.ledger, self.problems = Ledger(), Problems()
-        self.records = [0] * len(paths)  # of each file
+        self.records = [0] * len(self.paths)  # of each file
 
     def run(self) -> None:
         size = sum(path.stat().st_size for path in self.paths)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from sft.chatml import NOT_TRAINED
 from sft.errors import UserError, listed
 from sft.settings_types import accepts, type_name
 
@@ -30,7 +31,6 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 DTYPES = {"input_ids": "<i4", "labels": "<i4", "offsets": "<i8", "targets": "<f8", "origins": "<i8", "weights": "<f4"}
 WRITTEN = ("input_ids", "labels", "offsets", "targets", "origins")
-NOT_TRAINED = -100  # the label of a token that is not trained
 AGAIN = "run prepare_sft.py again"
 META_TYPES: dict[str, Any] = {  # what others take from meta.json
     "arrays": dict[str, dict[str, Any]],

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from sft.arrays import Samples
 from sft.attention import Documents
+from sft.chatml import NOT_TRAINED
 from sft.packing import Row, RowStream
-
-MASKED = -100
 
 
 class Document(NamedTuple):
@@ -61,7 +60,7 @@ def make_batch(
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     positions = np.empty(shape, dtype=np.int64)
     document_ids = np.empty(shape, dtype=np.int32)
-    targets = np.full(shape, MASKED, dtype=np.int64)
+    targets = np.full(shape, NOT_TRAINED, dtype=np.int64)
     weights = np.ones(shape, dtype=np.float32)
     weighted = False
     tokens = attended_pairs = 0
@@ -83,7 +82,7 @@ def make_batch(
             start = end
         positions[row, start:] = np.arange(block_size - start)
         document_ids[row, start:] = len(documents)
-    trained = np.flatnonzero(targets != MASKED)
+    trained = np.flatnonzero(targets != NOT_TRAINED)
 
     def place(array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sft.arrays import NOT_TRAINED
 from sft.records import Conversation, Message
 from sft.tokenizer import Tokenizer
 
+NOT_TRAINED = -100  # the label of a token that is not trained
 ASSISTANT = "assistant"
 ASSISTANT_HEADER = "assistant\n"
 

@@ -149,7 +149,8 @@ def contradictions(
                 return
             raise
         assert name in origins, f"contradictions() names {name!r}, which is no setting"
-        concerned = [word for word in dict.fromkeys(re.findall(r"\w+", message)) if word in origins and word != name]
+        words = re.findall(r"\w+", re.sub(r"'[^']*'", "", message))  # a quoted path may hold the name of a setting
+        concerned = [word for word in dict.fromkeys(words) if word in origins and word != name]
         if not {name, *concerned} & set(doubtful):
             others = [f"{other}: {origins[other]}" for other in concerned if origins[other] != "default"]
             yield f"{origins[name]}: {message}" + (f" ({', '.join(others)})" if others else "")

@@ -63,7 +63,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def field_comments(cls: type[IsDataclass]) -> dict[str, str]:
-    """Each setting's trailing comment; empty where it has none."""
+    """What the comments in each setting's statement say; empty where it has none."""
     comments = dict.fromkeys((field.name for field in dataclasses.fields(cls)), "")
     source = inspect.cleandoc("\n" + inspect.getsource(cls)) + "\n"
     by_line = {
@@ -73,5 +73,6 @@ def field_comments(cls: type[IsDataclass]) -> dict[str, str]:
     }
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in comments:
-            comments[node.target.id] = by_line.get(node.end_lineno or node.lineno, "")
+            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)  # several where a formatter wrapped it
+            comments[node.target.id] = " ".join(by_line[line] for line in lines if line in by_line)
     return comments

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import torch
 
 # Dense bf16 tensor-core peak in FLOP/s, from the vendors' data sheets (without sparsity).
-# The first name that occurs in the device's name counts, so the longer names come first.
+# The first name that occurs in the device's name as whole words counts, so the longer names come first.
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "B100": 1750e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
@@ -31,7 +33,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_BF16_FLOPS.items() if known in name), None)
+    return next((peak for known, peak in PEAK_BF16_FLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def model_flops_utilisation(flops: float, seconds: float, *, world_size: int, peak: float | None) -> float | None:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from sft.batches import MASKED, Document, TrainLoader, dropout_seed, make_batch
+from sft.batches import Document, TrainLoader, dropout_seed, make_batch
+from sft.chatml import NOT_TRAINED
 from sft.packing import RowStream
 from tests.spread_worker import samples_of
 from tests.tiny import random_documents
@@ -13,7 +14,7 @@ def batch_of(*documents, block_size=12, **options):
 
 
 def test_the_target_of_a_position_is_the_label_of_the_next_token_of_its_document():
-    first = Document(np.array([1, 2, 3]), np.array([1, MASKED, 3]))
+    first = Document(np.array([1, 2, 3]), np.array([1, NOT_TRAINED, 3]))
     second = Document(np.array([4, 5]), np.array([4, 5]))
     batch = batch_of(first, second)
     # the first token of a document is never a target: label 1 and label 4 are not predicted by anything
@@ -32,8 +33,8 @@ def test_positions_restart_and_the_padding_is_a_document_of_its_own():
 
 
 def test_weights_travel_with_their_targets():
-    weighted = Document(np.array([1, 2, 3]), np.array([MASKED, 2, 3]), np.array([0.0, 0.5, 2.0], dtype=np.float32))
-    plain = Document(np.array([4, 5]), np.array([MASKED, 5]))
+    weighted = Document(np.array([1, 2, 3]), np.array([NOT_TRAINED, 2, 3]), np.array([0.0, 0.5, 2.0], dtype=np.float32))
+    plain = Document(np.array([4, 5]), np.array([NOT_TRAINED, 5]))
     batch = batch_of(weighted, plain)
     assert batch.weights is not None
     assert batch.weights.tolist() == [0.5, 2.0, 1.0]

@@ -11,7 +11,9 @@ import pytest
 
 from sft.config import fingerprint, help_text, load_settings, markdown_table, to_dict
 from sft.errors import UserError
+from sft.settings_help import field_comments
 from sft.settings_types import checked, read_text, type_name
+from tests.conftest import ROOT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class Knobs:
             yield "max_epochs", "max_epochs and max_iters are both given; leave one of them out"
         if not self.sft_data_dir:
             yield "sft_data_dir", "sft_data_dir is empty"
+        if self.sft_data_dir.startswith("no/"):
+            yield "sft_data_dir", f"sft_data_dir {self.sft_data_dir!r} does not exist"
 
 
 @pytest.fixture(autouse=True)
@@ -266,6 +270,13 @@ def test_a_type_that_no_setting_may_have_is_the_programmers_mistake():
         checked("x", set[str])
 
 
+def test_a_setting_named_in_a_quoted_path_has_no_part_in_the_problem():
+    assert complaint(["--sft_data_dir=no/model/batch_size", "--model=gpt2", "--batch_size=x"]) == [
+        "command line: batch_size must be int, not 'x'",
+        "command line: sft_data_dir 'no/model/batch_size' does not exist",
+    ]
+
+
 def test_help_shows_every_setting_with_type_default_and_comment(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
         load_settings(Knobs, ["gone.py", "--help"], usage="machine [config.py ...]")
@@ -288,16 +299,38 @@ def test_help_works_in_the_file_that_is_the_program(tmp_path: Path):
         "from sft.config import load_settings\n\n@dataclass(frozen=True, kw_only=True)\nclass Settings:\n"
         "    size: int = 3  # how much\n\nload_settings(Settings, sys.argv[1:])\n"
     )
-    root = str(Path(__file__).resolve().parent.parent)
     done = subprocess.run(
         [sys.executable, str(program), "--help"],
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert "  --size=int  [3]\n        how much\n" in done.stdout
     assert "Settings(" not in done.stdout  # the docstring that dataclass makes up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapped:
+    gradient_accumulation_steps: int | None = (  # micro-steps;
+        None  # or as rows_per_step needs
+    )
+    rows_per_step: int = 1
+
+
+def test_a_setting_that_a_formatter_wrapped_keeps_its_comments():
+    assert "steps=int | None  [None]\n        micro-steps; or as rows_per_step needs\n" in help_text(Wrapped, "")
+    assert help_text(Wrapped, "").endswith("--rows_per_step=int  [1]")
+
+
+def test_every_setting_of_every_program_says_what_it_is():
+    from demo.run import DemoSettings
+    from prepare_sft import PrepareSettings
+    from tools.chat import ChatSettings
+    from train_sft import TrainSettings
+
+    for cls in (PrepareSettings, TrainSettings, ChatSettings, DemoSettings):
+        assert not [f"{cls.__name__}.{name}" for name, comment in field_comments(cls).items() if not comment]
 
 
 def test_the_markdown_table_escapes_what_would_divide_its_cells():

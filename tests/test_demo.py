@@ -29,8 +29,7 @@ from demo.world import (
 )
 from sft.errors import UserError
 from sft.tokenizer import load_tokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 # The sizes that `make demo` uses.
 PAPERS, PER_KIND, HELD_OUT_PER_KIND = 20_000, 1500, 100

@@ -15,8 +15,8 @@ import pytest
 
 from sft.config import load_settings, read_sources
 from sft.errors import UserError
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("prepare_sft", "train_sft")
 MODEL = ("model_config", "model_builder")
 TOP_LEVEL = {*PROGRAMS, *MODEL, "tools", "demo", "bench", "tests"}
@@ -240,8 +240,6 @@ def readme() -> str:
 
 def readme_commands() -> list[list[str]]:
     """Every command of the README's fenced blocks, as words."""
-    if not (ROOT / "README.md").exists():
-        return []
     commands = []
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", readme(), flags=re.DOTALL | re.MULTILINE):
         if language in ("", "sh", "bash", "shell", "console"):
@@ -276,6 +274,12 @@ def test_every_command_of_the_readme_can_be_given(command: list[str]):
         while argv and command[script].startswith("tools/") and not argv[0].startswith("--"):
             argv = argv[1:]  # the checkpoint, folder or log that a tool is about
         resolve(module, argv)
+
+
+def test_every_test_that_the_readme_points_to_exists():
+    named = set(re.findall(r"tests/\w+\.py", readme()))
+    assert named
+    assert not [name for name in named if not (ROOT / name).is_file()]
 
 
 def test_the_readmes_tables_of_settings_are_the_programs_own():

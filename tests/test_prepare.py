@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -236,7 +237,17 @@ def test_the_meta_says_where_everything_came_from(prepare, tokenizer_file, tmp_p
     assert data.meta["settings"]["val_fraction"] == 0.0
     assert data.meta["settings_origins"]["val_fraction"] == "command line"
     assert data.meta["settings_origins"]["seed"] == "default"
-    assert len(data.meta["sources"][0]["sha256"]) == 64
+    source = tmp_path / "input.jsonl"
+    content = source.read_bytes()
+    assert data.meta["sources"] == [
+        {"path": str(source), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "records": 1}
+    ]
+    assert data.meta["template"] == "chatml"
+    assert data.meta.keys() == {
+        *("format", "format_version", "template", "block_size", "settings", "settings_origins", "sources", "ledger"),
+        *("tokenizer_fingerprint", "tokenizer_files", "vocab_size", "im_start_id", "im_end_id", "pad_id", "max_id"),
+        *("lengths", "arrays"),
+    }
 
 
 def test_another_tokenizer_in_out_dir_is_refused(prepare, tmp_path):
@@ -288,9 +299,9 @@ def test_an_input_that_bears_a_name_to_be_written_is_not_lost(prepare, tmp_path,
         ({"max_seq_length": 5}, "the longest sample is block_size"),
         ({"input": "", "tokenizer": " ", "out_dir": ""}, "out_dir is empty; the current folder is '.'"),
         ({"out_dir": "n" * 300}, "File name too long; choose another folder"),
-        ({"input": "none.jsonl"}, "none.jsonl: no such file"),
-        ({"input": ","}, "it names no file"),
-        ({"tokenizer": "none.json"}, "none.json: no such file"),
+        ({"input": "."}, "command line: input '.' cannot be read: is a directory"),
+        ({"input": ","}, "command line: input names no file"),
+        ({"tokenizer": "n" * 300}, "nnn' does not exist"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused_before_anything_is_written(prepare, tmp_path, settings, message):
@@ -298,6 +309,24 @@ def test_settings_that_cannot_be_used_are_refused_before_anything_is_written(pre
         prepare([SHORT], **settings)
     assert message in str(caught.value)
     assert not (tmp_path / "data").exists()
+
+
+def test_missing_files_are_reported_together_with_their_origins(tmp_path):
+    (tmp_path / "mine.py").write_text("out_dir = 'data'\ntokenizer = 'seed/none.json'\n")
+    with pytest.raises(UserError) as caught:
+        prepare_sft.main([f"{tmp_path}/mine.py", "--input=none.jsonl, tokenizer.jsonl", "--seed=1", "--block_size=1"])
+    assert str(caught.value).splitlines()[1:] == [
+        "  command line: block_size must be at least 2, not 1",
+        f"  {tmp_path}/mine.py:2: tokenizer 'seed/none.json' does not exist",
+        "  command line: input 'none.jsonl' cannot be read: no such file or directory",
+        "  command line: input 'tokenizer.jsonl' cannot be read: no such file or directory",
+    ]
+
+
+def test_help_begins_with_what_the_settings_are_for(capsys):
+    with pytest.raises(SystemExit):
+        prepare_sft.main(["--help"])
+    assert "\nEvery knob of preparing. A sample is" in capsys.readouterr().out
 
 
 def test_a_disk_that_fills_up_is_a_failure_that_leaves_nothing(prepare, tmp_path, monkeypatch):

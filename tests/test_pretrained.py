@@ -31,7 +31,10 @@ def refusal(path: Path) -> list[str]:
     return str(caught.value).splitlines()
 
 
-@pytest.mark.parametrize("changes", [{}, {"weight_tying": False}, {"position_encoding": "learned_absolute"}])
+POST_NORM = {"norm_position": "post", "normalization": "layernorm_nobias", "position_encoding": "learned_absolute"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"weight_tying": False}, {"position_encoding": "learned_absolute"}, POST_NORM])
 def test_our_own_checkpoint_comes_back_bit_for_bit(tmp_path: Path, changes: dict):
     model = tiny_model(**changes)
     again = load_pretrained(save(tmp_path / "ckpt.pt", model))

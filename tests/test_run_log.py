@@ -13,8 +13,7 @@ import pytest
 from sft import run_log
 from sft.errors import UserError
 from sft.run_log import RunLog
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 
 class Clock:

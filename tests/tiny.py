@@ -7,7 +7,8 @@ import torch
 
 from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig
-from sft.batches import MASKED, Document
+from sft.batches import Document
+from sft.chatml import NOT_TRAINED
 from sft.world import World
 
 CPU_WORLD = World(rank=0, size=1, device=torch.device("cpu"))
@@ -46,9 +47,9 @@ def random_documents(
     documents = []
     for length in lengths:
         ids = random.integers(0, vocab, length)
-        documents.append(Document(ids, np.where(random.random(length) < trained_share, ids, MASKED)))
+        documents.append(Document(ids, np.where(random.random(length) < trained_share, ids, NOT_TRAINED)))
     return documents
 
 
 def target_weight(documents: list[Document]) -> float:
-    return float(sum((document.labels[1:] != MASKED).sum() for document in documents))
+    return float(sum((document.labels[1:] != NOT_TRAINED).sum() for document in documents))
