@@ -229,3 +229,10 @@ def test_a_demo_deletes_nothing_that_no_demo_has_made(tmp_path):
     with pytest.raises(UserError, match=r"move it away first:\n  .*/out/demo$"):
         make_clean(Folders(tmp_path))
     assert mine.exists()
+
+
+def test_the_readme_tells_what_the_committed_demo_measured():
+    tuned = json.loads((ROOT / "bench/results/demo_cpu.json").read_text())["tuned"]
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| [\w -]+ \| 0 % \| (\d+) % \| 0 % \| (\d+) % \|$", readme, flags=re.MULTILINE)
+    assert rows == [(f"{tuned[k]['exact']:.0%}"[:-1], f"{tuned[k]['stopped']:.0%}"[:-1]) for k in KINDS]
