@@ -44,22 +44,19 @@ def save_published(folder: Path, vocab_size: int) -> None:
     transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
     """A current folder with everything that the README's commands name."""
-    folder = tmp_path_factory.mktemp("readme")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        (folder / "configs").symlink_to(ROOT / "configs")
-        write_conversations(*map(Path, ("conversations.jsonl", "first.jsonl", "second.json")))
-        vocab_size = load_tokenizer(save_tiny_tokenizer(folder)).vocab_size
-        save_base(Path("out/qwen3-1.8b-base/ckpt.pt"), vocab_size)
-        save_base(Path("out/demo-base/ckpt.pt"), vocab_size)
-        save_published(Path("checkpoints/Qwen3-0.6B"), vocab_size)
-        for out_dir in ("data/demo-sft", "data/sft-qwen3"):
-            arguments = ["--input=conversations.jsonl", "--tokenizer=tokenizer.json", f"--out_dir={out_dir}"]
-            prepare_sft.main([*arguments, "--block_size=64", "--val_fraction=0.2"])
-        yield folder
+    monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(ROOT / "configs")
+    write_conversations(*map(Path, ("conversations.jsonl", "first.jsonl", "second.json")))
+    vocab_size = load_tokenizer(save_tiny_tokenizer(tmp_path)).vocab_size
+    save_base(Path("out/qwen3-1.8b-base/ckpt.pt"), vocab_size)
+    save_base(Path("out/demo-base/ckpt.pt"), vocab_size)
+    save_published(Path("checkpoints/Qwen3-0.6B"), vocab_size)
+    for out_dir in ("data/demo-sft", "data/sft-qwen3"):
+        arguments = ["--input=conversations.jsonl", "--tokenizer=tokenizer.json", f"--out_dir={out_dir}"]
+        prepare_sft.main([*arguments, "--block_size=64", "--val_fraction=0.2"])
 
 
 def out_dir_of(argv: list[str]) -> Path:
@@ -87,22 +84,24 @@ def train(command: list[str], argv: list[str]) -> None:
     shutil.copytree(out_dir, "out/mine", dirs_exist_ok=True)  # for chat
 
 
-@pytest.mark.parametrize("command", [c for c in readme_commands() if c[0] != "make"], ids=" ".join)
-def test_every_command_of_the_readme_runs(workplace, command, capsys):
+def run(command: list[str]) -> None:
     script = next(place for place, word in enumerate(command) if word.endswith(".py"))
     argv = command[script + 1 :]
     if command[script] == "train_sft.py":
         train(command, argv)
-    elif command[script] == "tools/chat.py":
-        from tools import chat
-
-        chat.main([*argv, "--prompt=what is the cat", "--max_new_tokens=8"])
-        assert capsys.readouterr().out.endswith("\n")
-    else:
-        importlib.import_module(command[script].removesuffix(".py").replace("/", ".")).main(argv)
+        return
+    if command[script] == "tools/chat.py":
+        argv = [*argv, "--prompt=what is the cat", "--max_new_tokens=8"]
+    importlib.import_module(command[script].removesuffix(".py").replace("/", ".")).main(argv)
 
 
-def test_the_python_of_the_readme_runs(workplace):
+@pytest.mark.usefixtures("workplace")
+def test_the_commands_of_the_readme_run_in_their_order():
+    """One test, since each command builds on those before it."""
+    for command in readme_commands():
+        if command[0] != "make":
+            print("$", *command)
+            run(command)
     (block,) = re.findall(r"^```python\n(.*?)^```", readme(), flags=re.DOTALL | re.MULTILINE)
     names: dict = {"ids": torch.zeros(1, 3, dtype=torch.long)}
     exec(block, names)
