@@ -222,6 +222,35 @@ def test_the_best_evaluation_is_remembered_over_a_resume(arguments, tmp_path, mo
     assert torch.load(tmp_path / "out" / "ckpt_best.pt", weights_only=True)["iter_num"] == 4
 
 
+def test_a_record_covers_the_steps_since_the_last_one_and_no_others(arguments, tmp_path):
+    options = {"max_iters": 8, "eval_interval": "none", "dtype": "float64"}
+    train_sft.main(arguments(**options, out_dir=tmp_path / "each"))
+    train_sft.main(arguments(**options, out_dir=tmp_path / "fourth", log_interval=4))
+    each, fourth = (run_log(tmp_path / name)["training_iterations"] for name in ("each", "fourth"))
+    for record, covered in zip(fourth, (each[:4], each[4:]), strict=True):
+        for count in ("tokens", "trained_tokens"):
+            assert record[count] == sum(one[count] for one in covered)
+        loss_sum = sum(one["loss"] * one["trained_tokens"] for one in covered)
+        assert record["loss"] == pytest.approx(loss_sum / record["trained_tokens"], rel=1e-12)
+
+
+def test_dropout_reaches_a_model_that_was_loaded(arguments, tmp_path):
+    train_sft.main(arguments(out_dir=tmp_path / "base"))
+    first = []
+    for rate in (0.0, 0.5):
+        start = {"model": "none", "checkpoint_path": tmp_path / "base" / "ckpt.pt", "out_dir": tmp_path / str(rate)}
+        train_sft.main(arguments(**start, dropout=rate, eval_interval="none", max_iters=1))
+        first.append(losses(run_log(tmp_path / str(rate)))[1])
+    assert first[1] > first[0] + 0.01
+
+
+def test_a_start_removes_what_a_killed_save_has_left(arguments, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ckpt_000001.pt.partial").write_bytes(b"half")
+    train_sft.main(arguments())
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
 def test_a_run_that_breaks_says_so_in_its_log(arguments, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
