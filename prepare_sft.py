@@ -22,8 +22,9 @@ from sft import elsewhere
 from sft.arrays import SPLITS, PreparedWriter, earlier_meta, replaced_files, sha256_of
 from sft.chatml import NOT_TRAINED, Sample, cut, render_batch
 from sft.config import Resolved, load_settings, to_dict
+from sft.conversation import BadRecord, Conversation, Message, text_of
 from sft.errors import EXIT_FAILED, UserError, run_program
-from sft.records import BadRecord, Conversation, Message, Problems, read_conversations, text_of
+from sft.records import Problems, read_conversations
 from sft.tokenizer import Tokenizer, load_tokenizer
 
 # Conversations are rendered so many at a time, or fewer where they are long: what memory use is bounded by.

@@ -25,8 +25,8 @@ from demo.world import KINDS, Exchange
 from model_builder import ConfigurableGPT, load_pretrained
 from sft.chatml import prompt_ids
 from sft.config import load_settings
+from sft.conversation import Message
 from sft.errors import EXIT_FAILED, UserError, listed, run_program
-from sft.records import Message
 from sft.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

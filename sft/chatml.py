@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sft.records import Conversation, Message
+from sft.conversation import Conversation, Message
 from sft.tokenizer import Tokenizer
 
 NOT_TRAINED = -100  # the label of a token that is not trained

@@ -9,13 +9,13 @@ import json
 import re
 import reprlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from sft.conversation import BadRecord, Conversation, Message, kind, text_of
 from sft.errors import UserError, listed
 
-ROLES = ("system", "user", "assistant")
+KNOWN = ("system", "user", "assistant")
 PROMPT_KEYS = ("prompt", "question", "instruction", "query")
 COMPLETION_KEYS = ("completion", "response", "answer", "output")
 
@@ -23,10 +23,6 @@ COMPLETION_KEYS = ("completion", "response", "answer", "output")
 UNREAD_RECORD_KEYS = ("tools", "functions")
 UNREAD_EXCHANGE_KEYS = ("history", "context")
 UNREAD_MESSAGE_KEYS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "weight", "train")
-
-# The regular expressions of tokenizers give up on long runs of white space (tiktoken at 999,999); two may be joined.
-LONGEST_BLANK = 400_000
-BLANK = re.compile(rf"\s{{{LONGEST_BLANK + 1}}}")
 
 FIRST_BYTES = {
     b"\xef\xbb\xbf": "begins with a byte order mark; save it as UTF-8 without BOM",
@@ -36,22 +32,6 @@ FIRST_BYTES = {
     b"PK\x03\x04": "is compressed; unpack it first (unzip)",
     b"PAR1": "is Parquet; convert it to JSON lines first",
 }
-
-
-class Message(NamedTuple):
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Either the messages of a conversation or, for plain text, none and `text`; and where it was found."""
-
-    messages: tuple[Message, ...]
-    text: str | None = None
-    source: int = 0  # index of the file in the list of sources
-    record: int = 1  # 1-based, blank lines not counted
-    line: int = 1  # 1-based line of the file on which the record begins
 
 
 class Problems:
@@ -70,10 +50,6 @@ class Problems:
     def complain(self) -> None:
         if self.found:
             raise listed("the input cannot be used:", self.found)
-
-
-class BadRecord(Exception):
-    """Why a record is refused: 'cause; remedy'."""
 
 
 class RawRecord(NamedTuple):
@@ -100,7 +76,7 @@ def read_conversations(
                 except BadRecord as error:
                     found.add(f"{path}:{raw.line}: {error}")
                 else:
-                    yield Conversation(messages, text, source, raw.record, raw.line)
+                    yield Conversation(messages, text, source=source, record=raw.record, line=raw.line)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; name a file of JSON lines or a JSON array") from error
     if problems is None:
@@ -295,8 +271,8 @@ def message_of(item: Any, where: str) -> Message:
     for key in ("role", "content"):
         if key not in item:
             raise BadRecord(f"{where} has no {key!r}; each message needs 'role' and 'content'")
-    if item["role"] not in ROLES:
-        raise BadRecord(f"{where} has the role {reprlib.repr(item['role'])}; the roles are {', '.join(ROLES)}")
+    if item["role"] not in KNOWN:
+        raise BadRecord(f"{where} has the role {reprlib.repr(item['role'])}; the roles are {', '.join(KNOWN)}")
     return Message(item["role"], text_of(item["content"], f"{where}: 'content'"))
 
 
@@ -304,26 +280,3 @@ def refuse_unread(fields: dict[str, Any], keys: tuple[str, ...], where: str) -> 
     for key in keys:
         if fields.get(key) not in (None, [], {}, ""):
             raise BadRecord(f"{where} has {key!r}, which is not read yet and would be lost; remove it or the record")
-
-
-def text_of(value: Any, what: str) -> str:
-    """The value, if it is a string that a tokenizer can encode."""
-    if not isinstance(value, str):
-        raise BadRecord(f"{what} must be a string, not {kind(value)}; write the text itself")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            code = ord(value[error.start])
-            raise BadRecord(
-                f"{what} holds half a character (\\u{code:04x} at {error.start}); mend or remove it"
-            ) from error
-    if len(value) > LONGEST_BLANK and BLANK.search(value):
-        raise BadRecord(f"{what} holds more than {LONGEST_BLANK:,} blanks in a row; remove them")
-    return value
-
-
-def kind(value: Any) -> str:
-    """What JSON calls the value."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sft.chatml import render
+from sft.conversation import Conversation, Message
 from sft.errors import UserError
-from sft.records import Conversation, Message
 from sft.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 from tests.tiny import tiny_model

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft.chatml import NOT_TRAINED, cut, prompt_ids, render, render_batch
-from sft.records import Conversation, Message
+from sft.conversation import Conversation, Message
 from sft.tokenizer import load_tokenizer
 from tests.tiny_tokenizer import CONTROL, OTHER, save_tiny_tokenizer
 

@@ -23,7 +23,18 @@ TOP_LEVEL = {*PROGRAMS, *MODEL, "tools", "demo", "bench", "tests"}
 
 # The lowest layer works without torch; the highest is given a model object. All other files of sft/ are in between.
 LOWEST = {
-    *("errors", "config", "settings_help", "settings_types", "records", "tokenizer", "chatml", "packing", "arrays"),
+    *(
+        "errors",
+        "config",
+        "settings_help",
+        "settings_types",
+        "conversation",
+        "records",
+        "tokenizer",
+        "chatml",
+        "packing",
+        "arrays",
+    ),
     *("elsewhere", "run_log"),
 }
 HIGHEST = {"step", "evaluation", "generate", "journal", "run"}

@@ -12,8 +12,8 @@ import pytest
 import prepare_sft
 from prepare_sft import is_validation, with_system_prompt
 from sft.arrays import open_prepared, verify_checksums
+from sft.conversation import Conversation, Message
 from sft.errors import UserError
-from sft.records import Conversation, Message
 from sft.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 from tests.tiny_tokenizer import save_tiny_tokenizer

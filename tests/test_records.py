@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sft.conversation import LONGEST_BLANK, Message
 from sft.errors import UserError
-from sft.records import LONGEST_BLANK, Message, Problems, read_conversations
+from sft.records import Problems, read_conversations
 
 EXCHANGE = (Message("user", "2+2?"), Message("assistant", "4"))
 

@@ -15,10 +15,10 @@ from model_builder import ConfigurableGPT, load_pretrained
 from sft.chatml import prompt_ids
 from sft.checkpoint import read_checkpoint
 from sft.config import load_settings
+from sft.conversation import BadRecord, Message, text_of
 from sft.errors import UserError, run_program
 from sft.generate import stream
 from sft.pretrained import checkpoint_file, is_hugging_face_folder
-from sft.records import BadRecord, Message, text_of
 from sft.tokenizer import Tokenizer, load_tokenizer
 
 USAGE = "python tools/chat.py CKPT [--name=value ...]"
