@@ -19,7 +19,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from sft import elsewhere
-from sft.arrays import SPLITS, PreparedWriter, earlier_meta, replaced_files, sha256_of
+from sft.arrays import SPLITS, replaced_files, sha256_of
+from sft.prepared_writer import PreparedWriter, earlier_meta
 from sft.chatml import NOT_TRAINED, Sample, cut, render_batch
 from sft.config import Resolved, load_settings, to_dict
 from sft.conversation import BadRecord, Conversation, Message, text_of

@@ -8,26 +8,23 @@ weights float32 [tokens]. `meta.json` is deleted before anything is written, and
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from sft.chatml import NOT_TRAINED
 from sft.errors import UserError, listed
 from sft.settings_types import accepts, type_name
 
 FORMAT = "prepared conversations"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "val")
 DTYPES = {"input_ids": "<i4", "labels": "<i4", "offsets": "<i8", "targets": "<f8", "origins": "<i8", "weights": "<f4"}
 WRITTEN = ("input_ids", "labels", "offsets", "targets", "origins")
@@ -40,134 +37,6 @@ META_TYPES: dict[str, Any] = {  # what others take from meta.json
     "tokenizer_files": list[str],
     "tokenizer_fingerprint": str,
 }
-
-
-class GrowingArray:
-    """A .npy file that grows row by row under the name `path`.partial, so that no more than a row is held."""
-
-    def __init__(self, path: Path, dtype: str, row_shape: tuple[int, ...] = ()):
-        self.path, self.dtype, self.row_shape = path, np.dtype(dtype), row_shape
-        self.partial = partial_of(path)
-        self.length = 0
-        self.file = open(self.partial, "wb")  # noqa: SIM115  # close or discard ends it
-        self._write_header()
-
-    def _write_header(self) -> None:
-        shape = (self.length, *self.row_shape)
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self.file, header)
-
-    def append(self, rows: Any) -> None:
-        values = np.asarray(rows, self.dtype).reshape(-1, *self.row_shape)
-        self.file.write(values.tobytes())
-        self.length += len(values)
-
-    def close(self) -> None:
-        """Complete the file and give it its name."""
-        start = self.file.tell() - self.length * self.dtype.itemsize * int(np.prod(self.row_shape, dtype=int))
-        self.file.seek(0)
-        self._write_header()
-        assert self.file.tell() == start, "numpy leaves room in the header for any length"
-        into_place(self.file, self.partial, self.path)
-
-    def discard(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer
-            self.file.close()
-        self.partial.unlink(missing_ok=True)
-        self.path.unlink(missing_ok=True)
-
-
-class PreparedWriter:
-    """Writes a prepared folder; a context manager that leaves nothing behind unless `finish` was reached."""
-
-    def __init__(self, folder: str | Path):
-        """UserError where the folder cannot be written or holds somebody else's meta.json; an earlier data set goes."""
-        self.folder = Path(folder)
-        earlier_meta(self.folder)
-        self.made_folder = not self.folder.exists()
-        self.arrays: dict[tuple[str, str], GrowingArray] = {}
-        self.max_id = -1
-        self.finished = False
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in replaced_files(self.folder):
-                path.unlink(missing_ok=True)
-            for split in SPLITS:
-                for part in WRITTEN:
-                    path = self.folder / file_name(split, part)
-                    self.arrays[split, part] = GrowingArray(path, DTYPES[part], row_shape(part))
-                self.arrays[split, "offsets"].append(0)
-        except OSError as error:
-            self.discard()
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-
-    def add(self, split: str, input_ids: Sequence[int], labels: Sequence[int], origin: tuple[int, int, int]) -> None:
-        """Append a sample: its unshifted labels, its origin (source, record, turn)."""
-        ids, targets = np.asarray(input_ids, np.int32), np.asarray(labels, np.int32)
-        assert len(ids) == len(targets) > 0
-        parts = {name: self.arrays[split, name] for name in WRITTEN}
-        parts["input_ids"].append(ids)
-        parts["labels"].append(targets)
-        parts["offsets"].append(parts["input_ids"].length)
-        parts["targets"].append(np.count_nonzero(targets[1:] != NOT_TRAINED))
-        parts["origins"].append(origin)
-        self.max_id = max(self.max_id, int(ids.max()))
-
-    def finish(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Complete the arrays, then write meta.json: `facts` and what follows from the arrays. The whole meta."""
-        for array in self.arrays.values():
-            array.close()
-        lengths = {split: np.diff(np.load(self.arrays[split, "offsets"].path)) for split in SPLITS}
-        meta = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            **facts,
-            "lengths": {
-                "all": length_statistics(np.concatenate(list(lengths.values()))),
-                **{split: length_statistics(lengths[split]) for split in SPLITS},
-            },
-            "max_id": self.max_id,
-            "arrays": {array.path.name: described(array) for array in self.arrays.values()},
-        }
-        path = self.folder / "meta.json"
-        with open(partial_of(path), "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1, allow_nan=False)
-            file.write("\n")
-            into_place(file, partial_of(path), path)
-        self.finished = True
-        return meta
-
-    def discard(self) -> None:
-        """Remove what this writer wrote: meta.json first, which is what makes a folder valid."""
-        if self.arrays:
-            (self.folder / "meta.json").unlink(missing_ok=True)
-            partial_of(self.folder / "meta.json").unlink(missing_ok=True)
-        for array in self.arrays.values():
-            array.discard()
-        if self.made_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
-
-    def __enter__(self) -> PreparedWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self.finished:
-            self.discard()
-
-
-def write_prepared(
-    folder: str | Path,
-    splits: Mapping[str, Iterable[tuple[Sequence[int], Sequence[int]]]],
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Write (input ids, unshifted labels) per split as a prepared folder whose source is unknown; its meta."""
-    with PreparedWriter(folder) as writer:
-        for split, samples in splits.items():
-            for record, (input_ids, labels) in enumerate(samples, 1):
-                writer.add(split, input_ids, labels, (0, record, -1))
-        return writer.finish(facts)
 
 
 def file_name(split: str, part: str) -> str:
@@ -188,51 +57,9 @@ def replaced_files(folder: Path) -> list[Path]:
     return [path for name in names for path in (folder / name, partial_of(folder / name))]
 
 
-def into_place(file: Any, partial: Path, path: Path) -> None:
-    """Put an open file on the disk, close it and give it its name."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(partial, path)
-
-
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def described(array: GrowingArray) -> dict[str, Any]:
-    shape = [array.length, *array.row_shape]
-    return {"dtype": array.dtype.str, "shape": shape, "sha256": sha256_of(array.path)}
-
-
-def length_statistics(lengths: np.ndarray) -> dict[str, float] | None:
-    """Tokens per sample; None where there is no sample."""
-    if len(lengths) == 0:
-        return None
-    return {
-        "min": int(lengths.min()),
-        "median": float(np.median(lengths)),
-        "mean": round(float(lengths.mean()), 2),
-        "p95": float(np.percentile(lengths, 95, method="inverted_cdf")),
-        "max": int(lengths.max()),
-    }
-
-
-def earlier_meta(folder: Path) -> dict[str, Any]:
-    """The meta.json that a writer would replace, {} where there is none; UserError where it is somebody else's."""
-    path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; choose another folder") from error
-    except (ValueError, RecursionError):
-        meta = None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise UserError(f"{path}: not written by prepare_sft.py and would be lost; choose another folder")
-    return meta
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from sft.arrays import PreparedWriter, open_prepared, verify_checksums, write_prepared
+from sft.arrays import open_prepared, verify_checksums
 from sft.errors import UserError
+from sft.prepared_writer import PreparedWriter, write_prepared
 
 SAMPLES = {"train": [([1, 2, 3], [-100, 2, 3]), ([4, 5], [-100, 5])], "val": [([6, 7, 8, 9], [6, -100, -100, 9])]}
 FACTS = {"vocab_size": 10, "pad_id": 0, "tokenizer_files": [], "tokenizer_fingerprint": "f" * 64}
@@ -141,7 +142,7 @@ DAMAGES = {
     "interrupted; run prepare_sft.py again": lambda folder: (folder / "meta.json").unlink(),
     "not valid JSON": lambda folder: truncate(folder / "meta.json") or truncate(folder / "meta.json"),
     "not written by prepare_sft.py": lambda folder: (folder / "meta.json").write_text("[]"),
-    "format version 99, this program reads 1": lambda f: edit_meta(f, lambda meta: meta.update(format_version=99)),
+    "format version 99, this program reads 2": lambda f: edit_meta(f, lambda meta: meta.update(format_version=99)),
     "arrays must be dict[str, dict[str, Any]], not None": lambda f: edit_meta(f, lambda meta: meta.pop("arrays")),
     "vocab_size must be int, not None": lambda folder: edit_meta(folder, lambda meta: meta.pop("vocab_size")),
     "max_id must be int, not '9'": lambda folder: edit_meta(folder, lambda meta: meta.update(max_id="9")),

@@ -38,7 +38,7 @@ LOWEST = {
     *("elsewhere", "run_log"),
 }
 HIGHEST = {"step", "evaluation", "generate", "journal", "run"}
-LIBRARIES_OF_THE_LOWEST = {"numpy", "tokenizers", "tiktoken", "tqdm"}
+LIBRARIES_OF_THE_LOWEST = {"numpy", "tokenizers", "tiktoken", "tqdm", "pyarrow", "datasketch"}
 
 
 def files(*patterns: str) -> list[Path]:
