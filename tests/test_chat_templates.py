@@ -107,6 +107,16 @@ def test_qwen3_shows_the_reasoning_of_the_last_query_only():
     )
 
 
+def test_in_qwen3_a_users_text_is_a_tools_result_only_with_both_of_its_tags():
+    def shown(content):
+        answer = {"role": "assistant", "reasoning_content": "Hm.", "content": "A"}
+        messages = [{"role": "user", "content": "Q"}, answer, {"role": "user", "content": content}, answer]
+        return ours("qwen3").render(messages=messages).count("Hm.")
+
+    assert shown("<tool_response>9</tool_response>") == 2
+    assert shown("<tool_response>9") == shown("9</tool_response>") == 1
+
+
 @each_template
 def test_the_prompt_of_an_answer_ends_with_its_header(name):
     prompt = ours(name).render(messages=LATE[:2], add_generation_prompt=True)
@@ -151,7 +161,9 @@ TEXT = st.lists(
     | st.text(max_size=4),
     max_size=6,
 ).map("".join)
-RESULT = TEXT.map(lambda text: f"<tool_response>{text}</tool_response>")
+RESULT = st.tuples(TEXT, st.sampled_from(["", "</tool_response>"])).map(
+    lambda parts: "<tool_response>" + "".join(parts)
+)
 VALUE = st.recursive(st.none() | st.booleans() | st.integers() | TEXT, lambda v: st.lists(v, max_size=2), max_leaves=3)
 OBJECT = st.dictionaries(TEXT, VALUE, max_size=3)
 FUNCTION = st.fixed_dictionaries({"name": TEXT, "arguments": TEXT | OBJECT})
