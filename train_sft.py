@@ -127,12 +127,12 @@ class TrainSettings:
             )
         return share
 
-    def steps(self, *, rows_per_epoch: int, rows_per_step: int) -> int:
+    def steps(self, stream: RowStream, *, rows_per_step: int) -> int:
         """The length of the run in steps; max_epochs is rounded up, so that the last row is seen."""
         if self.max_iters is not None:
             return self.max_iters
         assert self.max_epochs is not None
-        return math.ceil(self.max_epochs * rows_per_epoch / rows_per_step)
+        return math.ceil(stream.rows_in(self.max_epochs) / rows_per_step)
 
     def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
         """bfloat16 where the blocks compute in it, beside fp32 weights; None = in the dtype of the weights."""
@@ -174,7 +174,7 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
     world.on_main(lambda: startup.copy_tokenizer(data, out_dir, resumes=resume_path is not None))
     loader = build_loader(settings, data, world)
     log = world.together(lambda: open_log(resolved) if world.is_main else None)
-    steps = settings.steps(rows_per_epoch=loader.stream.rows_per_epoch, rows_per_step=loader.rows_per_step)
+    steps = settings.steps(loader.stream, rows_per_step=loader.rows_per_step)
     run = build_run(resolved, data, model, loader, Journal(world, log, steps=steps))
     try:
         if saved is not None:
@@ -257,10 +257,14 @@ def new_architecture(settings: TrainSettings, data: PreparedData) -> ModelArchit
 
 
 def build_loader(settings: TrainSettings, data: PreparedData, world: World) -> TrainLoader:
-    samples = data.splits["train"]
+    samples, weights = data.splits["train"], data.source_weights
+    sources = samples.origins[:, 0]
+    stream = RowStream(
+        samples.lengths, block_size=settings.block_size, seed=settings.seed, sources=sources, weights=weights
+    )
     return TrainLoader(
         samples,
-        RowStream(samples.lengths, block_size=settings.block_size, seed=settings.seed),
+        stream,
         batch_size=settings.batch_size,
         rows_per_step=settings.batch_size * settings.micro_steps(world.size) * world.size,
         rank=world.rank,
@@ -341,11 +345,12 @@ def announce(
     compute = str(run.local_loss.autocast_dtype or model.head_weight.dtype).removeprefix("torch.")
     source = resume_path or settings.checkpoint_path or "new, random weights"
     parameters = parameter_count(model.config)
-    fill = float(stream.lengths.sum() / (stream.rows_per_epoch * settings.block_size))
+    lengths = stream.lengths_in(0)  # an epoch's: as often as the sources' weights ask for
+    fill = float(lengths.sum() / (stream.rows_per_epoch * settings.block_size))
     micro_steps = settings.micro_steps(world.size)
     sentences = {
         "model": f"{parameters:,} parameters, {source}",
-        "data": f"{len(stream.lengths):,} samples in {stream.rows_per_epoch:,} rows of {settings.block_size} tokens "
+        "data": f"{len(lengths):,} samples in {stream.rows_per_epoch:,} rows of {settings.block_size} tokens "
         f"({fill:.1%} filled), {len(run.validation.rows):,} validation rows",
         "step": f"{settings.batch_size} rows x {micro_steps} micro-steps x {world.size} "
         f"{'GPUs' if on_gpu else 'processes'} = {rows} rows = {rows * settings.block_size:,} tokens a step",

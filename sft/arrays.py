@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sft.errors import UserError, listed
 from sft.settings_types import accepts, type_name
@@ -57,6 +58,27 @@ def replaced_files(folder: Path) -> list[Path]:
     return [path for name in names for path in (folder / name, partial_of(folder / name))]
 
 
+class ArrayReader:
+    """The rows of a .npy file from first to last, as many at a time as are asked for; the file is not mapped."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "rb")  # noqa: SIM115  # __exit__ closes it
+        assert np.lib.format.read_magic(self.file) == (1, 0), path
+        shape, _, self.dtype = np.lib.format.read_array_header_1_0(self.file)
+        self.row_shape = shape[1:]
+
+    def take(self, rows: int) -> NDArray[Any]:
+        """The next rows; fewer at the end."""
+        values = np.fromfile(self.file, self.dtype, rows * math.prod(self.row_shape))
+        return values.reshape(-1, *self.row_shape)
+
+    def __enter__(self) -> ArrayReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -88,9 +110,16 @@ class PreparedData:
     splits: dict[str, Samples]  # "train" and "val"
 
     @property
+    def source_weights(self) -> list[float]:
+        """How many epochs of each source make one epoch of the whole, by the index that `origins` gives."""
+        return [source.get("weight", 1) for source in self.meta.get("sources", [])]
+
+    @property
     def fingerprint(self) -> str:
-        """sha256 (hex) that is the same for the same arrays and vocabulary."""
+        """sha256 (hex) that is the same for the same arrays, vocabulary and weights of the sources."""
         facts = {key: self.meta.get(key) for key in ("arrays", "tokenizer_fingerprint")}
+        if any(weight != 1 for weight in self.source_weights):
+            facts["source_weights"] = self.source_weights
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

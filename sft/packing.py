@@ -2,65 +2,289 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Row = NDArray[np.int64]  # the samples of one row, by index
+DIGIT = 16  # bits: numpy sorts 16-bit numbers by radix, stably and many times faster than longer ones
+FIRST_CIRCLE = 2**63  # random keys from here on draw the circles of the sources; those below draw epochs
 
 
-def pack(lengths: NDArray[np.integer], block_size: int) -> list[Row]:
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows: rows[i] is samples[offsets[i]:offsets[i + 1]], in the order in which they were placed."""
+
+    samples: NDArray[np.int64]  # (samples,)
+    offsets: NDArray[np.int64]  # (rows + 1,)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Row:
+        index = range(len(self))[index]
+        return self.samples[self.offsets[index] : self.offsets[index + 1]]
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
+
+class RowRange(NamedTuple):
+    """The rows first, first + step, ..., first + (rows - 1) * step."""
+
+    first: int
+    rows: int
+    step: int  # 1 or -1
+
+    def backwards(self, rows: int) -> RowRange:
+        """The last so many rows, the last one first."""
+        return RowRange(self.first + (self.rows - 1) * self.step, rows, -self.step)
+
+    def without_last(self, rows: int) -> RowRange:
+        return RowRange(self.first, self.rows - rows, self.step)
+
+
+def pack(lengths: NDArray[np.integer], block_size: int) -> Rows:
     """Rows of samples whose lengths sum to at most block_size tokens: best fit, longest sample first.
 
-    Each sample goes into the row with the least space that still holds it. How many rows come out depends on the
-    multiset of lengths alone; among samples of equal length the earlier one is placed first.
+    Each sample goes into the row with the least space that still holds it, of equal ones the one that came to that
+    space last. How many rows come out depends on the multiset of lengths alone; among samples of equal length the
+    earlier one is placed first.
     """
-    assert len(lengths) == 0 or int(lengths.max()) <= block_size, "a sample longer than block_size reached the packer"
-    rows: list[list[int]] = []
-    rows_by_space: dict[int, list[int]] = {}  # free tokens -> rows with exactly that many
-    spaces: list[int] = []  # the keys of rows_by_space, sorted
-    for sample in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[sample])
-        at = bisect_left(spaces, length)
-        if at == len(spaces):
-            row, space = len(rows), block_size
-            rows.append([])
-        else:
-            space = spaces[at]
-            row = rows_by_space[space].pop()
-            if not rows_by_space[space]:
-                del rows_by_space[space], spaces[at]
-        rows[row].append(sample)
-        if left := space - length:
-            if left not in rows_by_space:
-                rows_by_space[left] = []
-                insort(spaces, left)
-            rows_by_space[left].append(row)
-    return [np.array(row, dtype=np.int64) for row in rows]
+    count, placements = _best_fit(lengths, block_size)
+    placed = stable_order(block_size - lengths.astype(np.int64))
+    first, rows, step, each = np.array(placements, dtype=np.int64).reshape(-1, 4).T
+    within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
+    row_of_placed = np.repeat(np.repeat(first, rows) + np.repeat(step, rows) * within, np.repeat(each, rows))
+    offsets = np.zeros(count + 1, dtype=np.int64)
+    np.cumsum(np.bincount(row_of_placed, minlength=count), out=offsets[1:])
+    return Rows(placed[stable_order(row_of_placed)], offsets)
+
+
+def count_rows(lengths: NDArray[np.integer], block_size: int) -> int:
+    """How many rows `pack` makes."""
+    return _best_fit(lengths, block_size)[0]
+
+
+def _best_fit(lengths: NDArray[np.integer], block_size: int) -> tuple[int, list[tuple[int, int, int, int]]]:
+    """The number of rows, and in order of placement: a range of rows and how many samples each of them takes.
+
+    Rows of equal space move together. The tightest row, of space s, takes s // length samples of a length one after
+    the other, since after each of them it is the tightest still; then its neighbour of equal space does the same.
+    """
+    distinct, counts = np.unique(lengths, return_counts=True)
+    assert len(distinct) == 0 or distinct[-1] <= block_size, "a sample longer than block_size reached the packer"
+    assert len(distinct) == 0 or distinct[0] > 0, "an empty sample reached the packer"
+    placements: list[tuple[int, int, int, int]] = []
+    stacks: dict[int, list[RowRange]] = {}  # free tokens -> rows with exactly that many, the last one next
+    spaces = SortedSet(block_size)  # the keys of stacks
+    rows = 0
+
+    def put(space: int, open_rows: RowRange) -> None:
+        if space and open_rows.rows:
+            if space not in stacks:
+                stacks[space] = []
+                spaces.add(space)
+            stacks[space].append(open_rows)
+
+    for length, samples in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        left = samples
+        while left:
+            space = spaces.at_least(length)
+            if space is None:
+                space = block_size
+                opened = math.ceil(left / (block_size // length))
+                put(space, RowRange(rows + opened - 1, opened, -1))
+                rows += opened
+            open_rows = stacks[space].pop()
+            if not stacks[space]:
+                del stacks[space]
+                spaces.remove(space)
+            each = min(space // length, left)
+            filled = min(open_rows.rows, left // each)
+            taken = open_rows.backwards(filled)
+            placements.append((*taken, each))
+            put(space - each * length, taken)
+            put(space, open_rows.without_last(filled))
+            left -= filled * each
+    return rows, placements
+
+
+class SortedSet:
+    """Whole numbers from 0 to `largest`: add, remove and look up in steps that do not grow with how many there are.
+
+    Two levels of bits, each Python integer about sqrt(largest) of them long.
+    """
+
+    def __init__(self, largest: int):
+        self.shift = (largest.bit_length() + 1) // 2
+        self.words = [0] * ((largest >> self.shift) + 1)
+        self.used = 0  # bit i: words[i] is not 0
+
+    def add(self, value: int) -> None:
+        word = value >> self.shift
+        self.words[word] |= 1 << (value - (word << self.shift))
+        self.used |= 1 << word
+
+    def remove(self, value: int) -> None:
+        word = value >> self.shift
+        self.words[word] ^= 1 << (value - (word << self.shift))
+        if not self.words[word]:
+            self.used ^= 1 << word
+
+    def at_least(self, value: int) -> int | None:
+        """The smallest member that is not below `value`."""
+        word = value >> self.shift
+        if above := self.words[word] >> (value - (word << self.shift)):
+            return value + _lowest_bit(above)
+        if not (later := self.used >> (word + 1)):
+            return None
+        word += 1 + _lowest_bit(later)
+        return (word << self.shift) + _lowest_bit(self.words[word])
+
+
+def _lowest_bit(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
+
+
+def stable_order(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What np.argsort(keys, kind="stable") gives, for keys of 0 or more."""
+    order = np.argsort(keys.astype(np.uint16), kind="stable")  # the lowest digit: what lies above it is cut off
+    largest = int(keys.max(initial=0)) >> DIGIT
+    while largest:
+        keys = keys >> DIGIT
+        order = order[np.argsort(keys[order].astype(np.uint16), kind="stable")]
+        largest >>= DIGIT
+    return order
+
+
+class Epochs:
+    """How often each epoch takes each sample: `weights` are epochs of a source per epoch of the whole, exactly.
+
+    The samples of a source stand in a seeded circle, and each epoch goes on where the last one stopped. After e epochs
+    round(samples * weight * e) have been taken, so that no sample's count is ever a whole one off weight * e.
+    """
+
+    def __init__(self, sources: NDArray[np.integer], weights: Sequence[float], *, seed: int):
+        """`sources` is each sample's index into `weights`; sources beyond those given have weight 1."""
+        self.samples = len(sources)
+        exact = {source: decimal(weight) for source, weight in enumerate(weights) if weight != 1}
+        self.period = math.lcm(*(weight.denominator for weight in exact.values()))  # then the counts repeat
+        self.circles: list[tuple[NDArray[np.int64], Fraction]] = []
+        for source, weight in exact.items():
+            random = np.random.Generator(np.random.Philox(key=[seed, FIRST_CIRCLE + source]))
+            self.circles.append((random.permutation(np.flatnonzero(sources == source)), weight))
+
+    def counts(self, epoch: int) -> NDArray[np.int64] | None:
+        """(samples,) how often this epoch takes each; None = each once."""
+        if not self.circles:
+            return None
+        counts = np.ones(self.samples, dtype=np.int64)
+        for circle, weight in self.circles:
+            share = len(circle) * weight
+            start, end = (math.floor(share * bound + Fraction(1, 2)) for bound in (epoch, epoch + 1))
+            laps, more = divmod(end - start, max(1, len(circle)))
+            counts[circle] = laps
+            counts[circle.take(np.arange(more) + start % max(1, len(circle)), mode="wrap")] += 1
+        return counts
+
+
+def decimal(number: float) -> Fraction:
+    """Exactly the decimal number that a person wrote: 0.7 is seven tenths."""
+    return Fraction(str(number))
 
 
 class RowStream:
-    """The endless stream of training rows; row r is a pure function of (lengths, block_size, seed, r).
+    """The endless stream of training rows; row r is a pure function of (lengths, weights, block_size, seed, r).
 
-    Every epoch holds each sample once, packed with other companions (ties in length are broken by the epoch's own
-    shuffle, which leaves the number of rows as it is) and in another order.
+    Every epoch holds each sample once, or as often as its source's weight asks for (see Epochs), packed with other
+    companions (ties in length are broken by the epoch's own shuffle, which leaves the number of rows as it is) and in
+    another order. Copies of a sample are spread over the samples of their length: they share a row only where few
+    others have that length. It would do no harm, since the documents of a row do not see each other.
     """
 
-    def __init__(self, lengths: NDArray[np.integer], *, block_size: int, seed: int):
+    def __init__(
+        self,
+        lengths: NDArray[np.integer],
+        *,
+        block_size: int,
+        seed: int,
+        sources: NDArray[np.integer] | None = None,
+        weights: Sequence[float] = (),
+    ):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.block_size = block_size
         self.seed = seed
+        sources = np.zeros(len(lengths), dtype=np.int64) if sources is None else sources
+        self.epochs = Epochs(sources, weights, seed=seed)
+        self._first_rows = [0]  # of epochs 0, 1, ..., as far as they were needed, at most to the end of a period
         self._epoch = lru_cache(maxsize=2)(self._pack_epoch)  # a step may span the end of one epoch
-        self.rows_per_epoch = len(self._epoch(0))
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of the first epoch; with weights later epochs may have a few more or fewer."""
+        return self.first_row(1)
 
     def row(self, r: int) -> Row:
-        epoch, place = divmod(r, self.rows_per_epoch)
-        return self._epoch(epoch)[place]
+        epoch, place = self._locate(r)
+        rows, order = self._epoch(epoch)
+        return rows[int(order[place])]
 
-    def _pack_epoch(self, epoch: int) -> list[Row]:
+    def first_row(self, epoch: int) -> int:
+        """How many rows the epochs before this one have."""
+        periods, rest = divmod(epoch, self.epochs.period)
+        self._count_epochs(self.epochs.period if periods else rest)
+        return periods * self._first_rows[-1] + self._first_rows[rest] if periods else self._first_rows[rest]
+
+    def rows_in(self, epochs: float) -> int:
+        """How many rows so many epochs from the start have; a part of a row counts as one."""
+        whole, part = divmod(decimal(epochs), 1)
+        start = self.first_row(whole)
+        return start + (math.ceil(part * (self.first_row(whole + 1) - start)) if part else 0)
+
+    def _locate(self, r: int) -> tuple[int, int]:
+        """The epoch of row r, and its place there."""
+        while r >= self._first_rows[-1] and len(self._first_rows) <= self.epochs.period:
+            self._count_epochs(len(self._first_rows))
+        periods = 0
+        if r >= self._first_rows[-1]:
+            periods, r = divmod(r, self._first_rows[-1])
+        epoch = bisect_right(self._first_rows, r) - 1
+        return periods * self.epochs.period + epoch, r - self._first_rows[epoch]
+
+    def _count_epochs(self, epochs: int) -> None:
+        """Know the rows of so many epochs, at most a period."""
+        for epoch in range(len(self._first_rows) - 1, epochs):
+            self._first_rows.append(self._first_rows[-1] + count_rows(self.lengths_in(epoch), self.block_size))
+
+    def lengths_in(self, epoch: int) -> NDArray[np.int64]:
+        """The length of every sample that an epoch takes, copies included, in no order of use."""
+        counts = self.epochs.counts(epoch)
+        return self.lengths if counts is None else np.repeat(self.lengths, counts)
+
+    def _pack_epoch(self, epoch: int) -> tuple[Rows, NDArray[np.int64]]:
+        """The rows of an epoch, and the order in which the stream has them."""
         random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        shuffled = random.permutation(len(self.lengths))
+        counts = self.epochs.counts(epoch)
+        if counts is None:
+            shuffled = random.permutation(len(self.lengths))
+        else:
+            taken = np.flatnonzero(counts)
+            shuffled = taken[random.permutation(len(taken))]
+            shuffled = spread_copies(shuffled, counts[shuffled])
         rows = pack(self.lengths[shuffled], self.block_size)
-        return [shuffled[rows[place]] for place in random.permutation(len(rows))]
+        return Rows(shuffled[rows.samples], rows.offsets), random.permutation(len(rows))
+
+
+def spread_copies(samples: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Each sample counts[i] times, its copies evenly far from each other; the order as it is where all counts are 1."""
+    copy = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    place = (copy + np.repeat(np.arange(len(samples)) / max(1, len(samples)), counts)) / np.repeat(counts, counts)
+    return np.repeat(samples, counts)[np.argsort(place, kind="stable")]
