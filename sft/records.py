@@ -1,37 +1,248 @@
-"""Raw records -> Conversation: messages, Alpaca, prompt/completion or plain text, from JSON lines or a JSON array.
+"""A raw record -> Conversation: messages, ShareGPT, Alpaca, prompt/completion, Dolly or plain text.
 
-The format is recognised record by record, and so is what is wrong: each problem names file, line, cause and remedy.
+The format is recognised record by record, and so is what is wrong: each problem says cause and remedy.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, Literal
 
 from sft.conversation import BadRecord, Conversation, Message, kind, text_of
 from sft.errors import UserError, listed
+from sft.json_records import decoded_line
+from sft.messages import messages_of, refuse, refuse_what_would_be_lost, tools_of
+from sft.sources import RawRecord, Source, raw_records
 
-KNOWN = ("system", "user", "assistant")
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "dolly", "text"]
+
 PROMPT_KEYS = ("prompt", "question", "instruction", "query")
 COMPLETION_KEYS = ("completion", "response", "answer", "output")
-
-# What would be lost if it were ignored.
-UNREAD_RECORD_KEYS = ("tools", "functions")
-UNREAD_EXCHANGE_KEYS = ("history", "context")
-UNREAD_MESSAGE_KEYS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "weight", "train")
-
-FIRST_BYTES = {
-    b"\xef\xbb\xbf": "begins with a byte order mark; save it as UTF-8 without BOM",
-    b"\xff\xfe": "is UTF-16; save it as UTF-8",
-    b"\xfe\xff": "is UTF-16; save it as UTF-8",
-    b"\x1f\x8b": "is compressed; unpack it first (gunzip)",
-    b"PK\x03\x04": "is compressed; unpack it first (unzip)",
-    b"PAR1": "is Parquet; convert it to JSON lines first",
+SHAREGPT_KEYS = ("conversations", "conversation")
+LIST_KEYS = ("messages", *SHAREGPT_KEYS)
+FIELDS = (
+    *("messages", "conversations", "prompt", "completion", "input", "context"),
+    *("system", "history", "tools", "text"),
+)
+ALIASES = {"prompt": PROMPT_KEYS, "completion": COMPLETION_KEYS, "conversations": SHAREGPT_KEYS}
+EXTRAS = ("input", "context", "system", "history", "tools")  # of an exchange
+# Which keys a forced format looks at, a name of --fields before its own.
+EXCHANGES = {
+    "alpaca": (("instruction",), ("output",), ("input", "system", "history", "tools")),
+    "dolly": (("instruction",), ("response",), ("context", "system", "history", "tools")),
+    "prompt_completion": (PROMPT_KEYS, COMPLETION_KEYS, EXTRAS),
 }
+FORMAT_OF_FIELD: dict[str, Format] = {
+    "messages": "messages",
+    "conversations": "sharegpt",
+    "text": "text",
+    "prompt": "prompt_completion",
+    "completion": "prompt_completion",
+}
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    format: Format = "auto"
+    fields: Mapping[str, str] = field(default_factory=dict)  # our name -> the column that stands for it
+    group_by: str | None = None  # a key, or a dotted path to one, whose value is the conversation's group
+
+
+def parse_fields(text: str | None) -> dict[str, str]:
+    """{our name: their column} of 'prompt:col,completion:col'; UserError with everything that is wrong with it."""
+    fields: dict[str, str] = {}
+    problems = []
+    for item in (text or "").split(","):
+        name, _, column = (part.strip() for part in item.partition(":"))
+        if not name and not column and not _:
+            continue
+        if name not in FIELDS:
+            problems.append(f"fields: unknown name {name!r}; the names are {', '.join(FIELDS)}")
+        elif not column:
+            problems.append(f"fields: {name!r} names no column; write {name}:column")
+        elif name in fields or column in fields.values():
+            problems.append(f"fields: {item.strip()!r} names a thing twice; keep one")
+        fields[name] = column
+    if problems:
+        raise listed("the settings cannot be used:", problems)
+    return fields
+
+
+def read_record(raw: RawRecord, options: ReadOptions, source: int) -> Conversation:
+    """The conversation of a record of sources[source]; BadRecord where none can be had."""
+    value = raw.value
+    if isinstance(value, BadRecord):
+        raise value
+    if isinstance(value, bytes):
+        value = decoded_line(value)
+    if not isinstance(value, dict):
+        raise BadRecord(f'a record must be an object, not {kind(value)}; write {{"messages": [...]}}')
+    group = None if options.group_by is None else group_of(value, options.group_by)
+    if None in value.values():  # tables fill what is missing with null
+        value = {key: item for key, item in value.items() if item is not None}
+    refuse_what_would_be_lost(value, "the record")
+    wanted = options.format
+    if options.fields:
+        value = renamed(value, options.fields)
+        formats = {FORMAT_OF_FIELD[name] for name in options.fields if name in FORMAT_OF_FIELD}
+        if wanted == "auto" and len(formats) == 1:
+            wanted = formats.pop()
+    found = recognised(value) if wanted == "auto" else wanted
+    tools = tools_of(value["tools"]) if "tools" in value else ()
+    if found == "text":
+        if tools:
+            raise BadRecord("the record has 'tools' but only 'text'; write 'messages'")
+        if "text" not in value:
+            raise missing(value, "'text'")
+        return Conversation((), text_of(value["text"], "'text'"), (), source, raw.record, raw.line, group)
+    messages = listed_messages(value, found) if found in ("messages", "sharegpt") else exchange_of(value, found)
+    return Conversation(messages, None, tools, source, raw.record, raw.line, group)
+
+
+def recognised(record: dict[str, Any]) -> Format:
+    """The one format that the record can be read as; BadRecord where there is none, or several."""
+    candidates = [key for key in LIST_KEYS if key in record]
+    prompts = [key for key in PROMPT_KEYS if key in record]
+    completions = [key for key in COMPLETION_KEYS if key in record]
+    if completions and (prompts or "context" in record):
+        candidates.append((prompts or ["context"])[0])
+    if len(candidates) > 1:
+        raise BadRecord(
+            f"{candidates[0]!r} and {candidates[1]!r} are both there; say which is meant, with --format or --fields"
+        )
+    if not candidates:
+        if "text" in record and not prompts and not completions:
+            return "text"
+        raise missing(record, "a completion" if prompts else "a prompt" if completions else "anything known")
+    if candidates[0] in LIST_KEYS:
+        return "messages" if candidates[0] == "messages" else "sharegpt"
+    return "prompt_completion"
+
+
+def missing(record: dict[str, Any], what: str) -> BadRecord:
+    keys = list(record)
+    names = ", ".join(map(reprlib.repr, keys[:6])) + (" ..." if len(keys) > 6 else "")
+    return BadRecord(
+        f"the record has no key for {what} (keys: {names or 'none'}); use 'messages', 'conversations', "
+        f"{'|'.join(PROMPT_KEYS)} with {'|'.join(COMPLETION_KEYS)}, or 'text', or name your columns with --fields"
+    )
+
+
+def listed_messages(record: dict[str, Any], found: Format) -> tuple[Message, ...]:
+    """The messages of a record that lists them, a 'system' text of its own put first."""
+    keys = ("messages",) if found == "messages" else (*SHAREGPT_KEYS, "messages")
+    key = next((key for key in keys if key in record), None)
+    if key is None:
+        raise missing(record, repr(keys[0]))
+    return after_system(record, messages_of(record[key], repr(key), sharegpt=found == "sharegpt"))
+
+
+def after_system(record: dict[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages, behind the text of the record's 'system' if it has one."""
+    if "system" not in record or not (system := text_of(record["system"], "'system'")):
+        return messages
+    if any(message.role == "system" for message in messages):
+        raise BadRecord("the record has 'system' and a system message; keep one")
+    return (Message("system", system), *messages)
+
+
+def exchange_of(record: dict[str, Any], found: Format) -> tuple[Message, ...]:
+    """One exchange, with the system text and earlier exchanges that may come with it."""
+    prompt_keys, completion_keys, extras = EXCHANGES[found]
+    prompt_key = only_key(record, prompt_keys, "prompt") or ("context" if "context" in extras else "")
+    completion_key = only_key(record, completion_keys, "completion")
+    if prompt_key not in record or not completion_key:
+        raise missing(record, "a completion" if prompt_key in record else "a prompt")
+    prompt, completion = record[prompt_key], record[completion_key]
+    given = [key for key in ("input", "context") if key in extras and key != prompt_key and record.get(key, "") != ""]
+    if len(given) > 1:
+        raise BadRecord("'input' and 'context' are both there; say which is meant, with --format or --fields")
+    if isinstance(prompt, list) or isinstance(completion, list):
+        refuse(record, (*given, "history"), "a record whose prompt is a list of messages", "write it as messages")
+        return after_system(record, conversational(record, prompt_key, completion_key))
+    prompt = text_of(prompt, repr(prompt_key))
+    if given:
+        prompt = f"{prompt}\n\n{text_of(record[given[0]], repr(given[0]))}"
+    exchange = (Message("user", prompt), Message("assistant", text_of(completion, repr(completion_key))))
+    return after_system(record, history_of(record["history"]) + exchange if "history" in record else exchange)
+
+
+def only_key(record: dict[str, Any], keys: tuple[str, ...], name: str) -> str:
+    """The one of the keys that the record has; `name` is there where --fields named it."""
+    found = [key for key in keys if key in record]
+    if len(found) > 1:
+        raise BadRecord(
+            f"{found[0]!r} and {found[1]!r} are both there; keep the one that is meant, or name it with --fields"
+        )
+    return found[0] if found else name if name in record else ""
+
+
+def conversational(record: dict[str, Any], prompt_key: str, completion_key: str) -> tuple[Message, ...]:
+    """Lists of messages as prompt and completion: what an assistant says in the prompt is not trained."""
+    prompt, completion = (messages_of(record[key], repr(key)) for key in (prompt_key, completion_key))
+    masked = (message._replace(weight=0.0) if message.role == "assistant" else message for message in prompt)
+    return (*masked, *completion)
+
+
+def history_of(value: Any) -> tuple[Message, ...]:
+    remedy = "write [[question, answer], ...]"
+    if value == "":
+        return ()
+    if not isinstance(value, list):
+        raise BadRecord(f"'history' must be a list, not {kind(value)}; {remedy}")
+    messages: list[Message] = []
+    for number, pair in enumerate(value, 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRecord(f"'history' {number} is no pair; {remedy}")
+        question, answer = (text_of(text, f"'history' {number}") for text in pair)
+        messages += (Message("user", question), Message("assistant", answer))
+    return tuple(messages)
+
+
+def renamed(record: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """The record with our names for the columns that `fields` gives, which then have no aliases."""
+    gone = {*fields.values()}
+    for name in fields:
+        gone.update(ALIASES.get(name, (name,)))
+    rest = {key: value for key, value in record.items() if key not in gone}
+    return rest | {name: record[column] for name, column in fields.items() if column in record}
+
+
+def group_of(record: dict[str, Any], path: str) -> str:
+    """The value at the path, as JSON."""
+    value: Any = record
+    for key in [path] if path in record else path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, (str, int, float)):
+        what = "nothing" if value is None else kind(value)
+        raise BadRecord(f"{path!r} (group_by) holds {what}; give it a string or a number, or group by another key")
+    return json.dumps(value)
+
+
+def oddities(conversation: Conversation) -> tuple[str, ...]:
+    """What is accepted in a conversation but worth counting."""
+    if conversation.text is not None:
+        return ("nul",) if "\0" in conversation.text else ()
+    found = {}
+    before = ""
+    for role, content, reasoning, calls, _ in conversation.messages:
+        if not content and not calls:
+            found["empty_turn"] = True
+        if role == before == "user":
+            found["user_turns_in_a_row"] = True
+        if role != "system":
+            if role == "assistant" and not before:
+                found["assistant_first"] = True
+            before = role
+        if "\0" in content or (reasoning and "\0" in reasoning) or (calls and any("\0" in call[1] for call in calls)):
+            found["nul"] = True
+    if before == "user":
+        found["user_last"] = True
+    return tuple(found)
 
 
 class Problems:
@@ -52,12 +263,6 @@ class Problems:
             raise listed("the input cannot be used:", self.found)
 
 
-class RawRecord(NamedTuple):
-    record: int
-    line: int
-    value: Any
-
-
 def read_conversations(
     path: str | Path,
     source: int = 0,
@@ -68,215 +273,16 @@ def read_conversations(
     """The conversations of one file, in order. What is wrong goes to `problems` and is skipped; without that list,
     a UserError with all of it ends the iteration. `advance` is told of every stretch of bytes that has been read."""
     found = Problems() if problems is None else problems
+    options = ReadOptions()
     try:
-        with open(path, "rb") as file:
-            for raw in raw_records(file, str(path), found, advance):
-                try:
-                    messages, text = conversation_of(raw.value)
-                except BadRecord as error:
-                    found.add(f"{path}:{raw.line}: {error}")
-                else:
-                    yield Conversation(messages, text, source=source, record=raw.record, line=raw.line)
+        for raw in raw_records(Source(str(path), Path(path)), advance=advance):
+            try:
+                conversation = read_record(raw, options, source)
+            except BadRecord as error:
+                found.add(f"{path}:{raw.line}: {error}")
+            else:
+                yield conversation
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; name a file of JSON lines or a JSON array") from error
     if problems is None:
         found.complain()
-
-
-def raw_records(file: BinaryIO, path: str, problems: Problems, advance: Callable[[int], object]) -> Iterator[RawRecord]:
-    """The decoded JSON values of a file whose first character says whether it is an array or lines."""
-    head = file.read(4096)
-    file.seek(0)
-    for first_bytes, complaint in FIRST_BYTES.items():
-        if head.startswith(first_bytes):
-            problems.add(f"{path}:1: the file {complaint}")
-            return
-    read = array_elements if head.lstrip().startswith(b"[") else lines
-    count = len(problems.found)
-    record = 0
-    for line, value in read(file, path, problems, advance):
-        record += 1
-        if not isinstance(value, BadRecord):
-            yield RawRecord(record, line, value)
-    if record == 0 and len(problems.found) == count:
-        problems.add(f"{path}:1: the file holds no records; one JSON object a line is expected, or an array of them")
-
-
-def lines(file: BinaryIO, path: str, problems: Problems, advance: Callable[[int], object]) -> Iterator[tuple[int, Any]]:
-    """(line, value) for each line that is not blank; the value is a BadRecord where there is none."""
-    for number, line in enumerate(file, 1):
-        advance(len(line))
-        if not line.strip():
-            continue
-        try:
-            yield number, decoded(line)
-        except BadRecord as error:
-            problems.add(f"{path}:{number}: {error}")
-            yield number, error
-
-
-def decoded(line: bytes) -> Any:
-    try:
-        return STRICT.decode(line.rstrip(b"\r\n").decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRecord(not_utf8(error)) from error
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
-        raise BadRecord(
-            f"{broken(error)}; a line holds one whole record, unless the file is one array [...]"
-        ) from error
-
-
-def array_elements(
-    file: BinaryIO, path: str, problems: Problems, advance: Callable[[int], object]
-) -> Iterator[tuple[int, Any]]:
-    """(line, value) for each element of a JSON array; the file is held in memory. Broken JSON ends the array."""
-    data = file.read()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        problems.add(f"{path}:{line}: {not_utf8(error)}")
-        return
-    unread = len(data)
-    del data
-    line, counted = 1, 0
-    try:
-        for start, end, value in elements(text):
-            line += text.count("\n", counted, start)
-            counted = start
-            advance(end - start)
-            unread -= end - start
-            if isinstance(value, BadRecord):
-                problems.add(f"{path}:{line}: {value}")
-            yield line, value
-    except json.JSONDecodeError as error:
-        problems.add(f"{path}:{error.lineno}: {broken(error)}; mend it, the rest of the array cannot be read")
-    advance(unread)
-
-
-def elements(text: str) -> Iterator[tuple[int, int, Any]]:
-    """(start, end, value) of each element of the array that is the whole text; the value may be a BadRecord."""
-    at = after_blanks(text, text.index("[") + 1)
-    more = text[at : at + 1] != "]"
-    while more:
-        try:
-            value, end = element(text, at)
-        except json.JSONDecodeError:
-            raise
-        except (RecursionError, ValueError) as error:
-            raise json.JSONDecodeError(broken(error), text, at) from error
-        yield at, end, value
-        at = after_blanks(text, end)
-        if more := text[at : at + 1] == ",":
-            at = after_blanks(text, at + 1)
-    if text[at : at + 1] != "]":
-        raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-    at = after_blanks(text, at + 1)
-    if at < len(text):
-        raise json.JSONDecodeError("Extra data after the array", text, at)
-
-
-def element(text: str, at: int) -> tuple[Any, int]:
-    """The value that begins at `at`, or a BadRecord for it, and its end."""
-    try:
-        return STRICT.raw_decode(text, at)
-    except BadRecord as error:
-        return error, LENIENT.raw_decode(text, at)[1]
-
-
-def after_blanks(text: str, at: int) -> int:
-    found = JSON_BLANKS.match(text, at)
-    return found.end() if found else at
-
-
-def not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8 (byte {error.object[error.start]:#04x}); save the file as UTF-8"
-
-
-def broken(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"broken JSON at column {error.colno}: {error.msg}"
-    return "JSON nested too deeply" if isinstance(error, RecursionError) else f"unreadable JSON: {error}"
-
-
-def refuse_constant(name: str) -> Any:
-    raise BadRecord(f"{name} is not JSON; write null or leave it out")
-
-
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise BadRecord(f"the key {reprlib.repr(twice)} occurs twice in one object; keep one")
-    return keys
-
-
-STRICT = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=without_duplicates)
-LENIENT = json.JSONDecoder()  # finds the end of what STRICT refuses
-JSON_BLANKS = re.compile(r"[ \t\r\n]*")
-
-
-def conversation_of(value: Any) -> tuple[tuple[Message, ...], str | None]:
-    """The messages of a record, or no messages and its plain text; BadRecord where neither can be had."""
-    if not isinstance(value, dict):
-        raise BadRecord(f'a record must be an object, not {kind(value)}; write {{"messages": [...]}}')
-    record = {key: item for key, item in value.items() if item is not None}  # tables fill what is missing with null
-    refuse_unread(record, UNREAD_RECORD_KEYS, "the record")
-    if "messages" in record:
-        return messages_of(record["messages"]), None
-    if "conversations" in record:
-        raise BadRecord("'conversations' (ShareGPT) is not read yet; write 'messages' with 'role' and 'content'")
-    prompts = [key for key in PROMPT_KEYS if key in record]
-    completions = [key for key in COMPLETION_KEYS if key in record]
-    for found in (prompts, completions):
-        if len(found) > 1:
-            raise BadRecord(f"{found[0]!r} and {found[1]!r} are both there; keep the one that is meant")
-    if prompts and completions:
-        return prompt_and_completion(record, prompts[0], completions[0]), None
-    if "text" in record and not prompts and not completions:
-        return (), text_of(record["text"], "'text'")
-    missing = "a completion" if prompts else "a prompt" if completions else "anything known"
-    keys = list(record)
-    names = ", ".join(map(reprlib.repr, keys[:6])) + (" ..." if len(keys) > 6 else "")
-    raise BadRecord(
-        f"the record has no key for {missing} (keys: {names or 'none'}); "
-        f"use 'messages', {'|'.join(PROMPT_KEYS)} with {'|'.join(COMPLETION_KEYS)}, or 'text'"
-    )
-
-
-def prompt_and_completion(record: dict[str, Any], prompt_key: str, completion_key: str) -> tuple[Message, ...]:
-    """One exchange; Alpaca is the case that may have 'input' (joined to the prompt by a blank line) and 'system'."""
-    refuse_unread(record, UNREAD_EXCHANGE_KEYS, "the record")
-    prompt = text_of(record[prompt_key], repr(prompt_key))
-    given = text_of(record.get("input", ""), "'input'")
-    system = text_of(record.get("system", ""), "'system'")
-    completion = text_of(record[completion_key], repr(completion_key))
-    exchange = (Message("user", f"{prompt}\n\n{given}" if given else prompt), Message("assistant", completion))
-    return (Message("system", system), *exchange) if system else exchange
-
-
-def messages_of(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise BadRecord(f"'messages' must be a list, not {kind(value)}; give each message its 'role' and 'content'")
-    if not value:
-        raise BadRecord("'messages' is empty; remove the record")
-    return tuple(message_of(item, f"message {number}") for number, item in enumerate(value, 1))
-
-
-def message_of(item: Any, where: str) -> Message:
-    if not isinstance(item, dict):
-        raise BadRecord(f"{where} must be an object, not {kind(item)}; give it 'role' and 'content'")
-    refuse_unread(item, UNREAD_MESSAGE_KEYS, where)
-    for key in ("role", "content"):
-        if key not in item:
-            raise BadRecord(f"{where} has no {key!r}; each message needs 'role' and 'content'")
-    if item["role"] not in KNOWN:
-        raise BadRecord(f"{where} has the role {reprlib.repr(item['role'])}; the roles are {', '.join(KNOWN)}")
-    return Message(item["role"], text_of(item["content"], f"{where}: 'content'"))
-
-
-def refuse_unread(fields: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
-    for key in keys:
-        if fields.get(key) not in (None, [], {}, ""):
-            raise BadRecord(f"{where} has {key!r}, which is not read yet and would be lost; remove it or the record")
