@@ -53,22 +53,22 @@ class ReadOptions:
 
 
 def parse_fields(text: str | None) -> dict[str, str]:
-    """{our name: their column} of 'prompt:col,completion:col'; UserError with everything that is wrong with it."""
+    """{our name: their column} of 'prompt:col,completion:col'; UserError with everything that is wrong, in one line."""
     fields: dict[str, str] = {}
     problems = []
     for item in (text or "").split(","):
-        name, _, column = (part.strip() for part in item.partition(":"))
-        if not name and not column and not _:
+        if not item.strip():
             continue
+        name, _, column = (part.strip() for part in item.partition(":"))
         if name not in FIELDS:
-            problems.append(f"fields: unknown name {name!r}; the names are {', '.join(FIELDS)}")
+            problems.append(f"fields has no name {name!r} (the names are {', '.join(FIELDS)})")
         elif not column:
-            problems.append(f"fields: {name!r} names no column; write {name}:column")
+            problems.append(f"fields says no column for {name!r} (write {name}:column)")
         elif name in fields or column in fields.values():
-            problems.append(f"fields: {item.strip()!r} names a thing twice; keep one")
+            problems.append(f"fields names a thing twice with {item.strip()!r} (keep one)")
         fields[name] = column
     if problems:
-        raise listed("the settings cannot be used:", problems)
+        raise UserError("; ".join(problems))
     return fields
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import io
 import json
 import math
 import os
@@ -17,16 +16,17 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from sft.conversation import BadRecord
-from sft.errors import UserError, listed
+from sft.errors import UserError
 from sft.json_records import broken, elements, not_utf8
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt", ".parquet", ".jsonl.gz", ".json.gz", ".ndjson.gz", ".txt.gz")
-STANDARD_INPUT = "-"
+STANDARD_INPUT = "standard input"  # as messages call it; '-' on the command line
 
 LONGEST_RECORD = 32 * 2**20  # bytes
 HEAD_BYTES = 4096  # read to find out what a file holds
@@ -70,12 +70,16 @@ class RawRecord(NamedTuple):
     bom: bool = False  # of a file's first record: a byte order mark stood before it
 
 
-def find_sources(spec: str, *, spool: Path | None = None) -> list[Source]:
-    """The sources that 'a.jsonl:0.7,folder,data/**/*.jsonl.gz,-' names, in this order; UserError with all problems.
+class Found(NamedTuple):
+    sources: list[Source]
+    problems: list[str]  # why some cannot be used
+
+
+def find_sources(spec: str) -> Found:
+    """The sources that 'a.jsonl:0.7,folder,data/**/*.jsonl.gz,-' names, in this order, and all that is wrong with them.
 
     A number after a colon is a weight, unless a file of the whole name exists. A folder stands for the files below it
-    whose suffix is known, sorted, hidden ones left out; a glob for the files that it matches, sorted. Standard input is
-    copied to `spool`, since it is read twice.
+    whose suffix is known, sorted, hidden ones left out; a glob for the files that it matches, sorted.
     """
     sources: list[Source] = []
     problems: list[str] = []
@@ -94,28 +98,35 @@ def find_sources(spec: str, *, spool: Path | None = None) -> list[Source]:
                     f"input {item!r}: the weight must be above 0 and finite, not {tail}; leave the file out"
                 )
                 continue
-        found, reason = files_of(name, spool)
+        found, reason = files_of(name)
         if reason:
             problems.append(f"input {name!r} cannot be read: {reason}")
-        sources += [Source(label, path, weight) for label, path in found]
+        sources += [Source(label, Path(path), weight) for label, path in found]
     problems += named_twice(sources)
     if not sources and not problems:
         problems.append("input names no file; name files, folders, globs or - for standard input")
-    if problems:
-        raise listed("the input cannot be used:", problems)
-    if any(source.name == "standard input" for source in sources):
-        assert spool is not None
-        spool.parent.mkdir(parents=True, exist_ok=True)
+    return Found(sources, problems)
+
+
+@contextmanager
+def spool_standard_input(sources: list[Source], spool: Path) -> Iterator[list[Source]]:
+    """The sources, standard input copied to a file that is removed at the end: it is read more than once."""
+    if not any(source.name == STANDARD_INPUT for source in sources):
+        yield sources
+        return
+    spool.parent.mkdir(parents=True, exist_ok=True)
+    try:
         with open(spool, "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file, BUFFER_BYTES)
-    return sources
+        yield [replace(source, path=spool) if source.name == STANDARD_INPUT else source for source in sources]
+    finally:
+        spool.unlink(missing_ok=True)
 
 
-def files_of(name: str, spool: Path | None) -> tuple[list[tuple[str, Path]], str]:
-    """(name, path) of each file that a name stands for, and what is wrong with it."""
-    if name == STANDARD_INPUT:
-        assert spool is not None, "standard input needs a file to be copied to"
-        return [("standard input", spool)], ""
+def files_of(name: str) -> tuple[list[tuple[str, str]], str]:
+    """(name, path) of each file that a name stands for, and what is wrong with them."""
+    if name == "-":
+        return [(STANDARD_INPUT, name)], ""
     if os.path.isdir(name):
         unreadable: list[str] = []
         paths = files_below(name, unreadable)
@@ -131,7 +142,7 @@ def files_of(name: str, spool: Path | None) -> tuple[list[tuple[str, Path]], str
     for path in paths:
         if reason := why_unreadable(path):
             unreadable.append(reason if path == name else f"{path}: {reason}")
-    return [(path, Path(path)) for path in paths], "; ".join(unreadable)
+    return [(path, path) for path in paths], "; ".join(unreadable)
 
 
 def files_below(folder: str, unreadable: list[str]) -> list[str]:
@@ -151,23 +162,22 @@ def why_unreadable(path: str) -> str:
             return "is a directory" if os.path.isdir(path) else "not a regular file; pipe it in and name it -"
         with open(path, "rb"):
             return ""
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name may hold NUL
         return said(error)
 
 
-def said(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
+def said(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).lower()
 
 
 def named_twice(sources: list[Source]) -> list[str]:
-    seen: dict[object, str] = {}
+    seen: dict[str, str] = {}
     problems = []
-    for name, path in [(source.name, source.path) for source in sources]:
-        try:
-            status = path.stat()
-            key: object = "-" if name == "standard input" else (status.st_dev, status.st_ino)
-        except OSError:
-            key = name
+    for source in sources:
+        name, key = source.name, str(source.path)
+        if name != STANDARD_INPUT and os.path.exists(key):
+            status = os.stat(key)
+            key = f"{status.st_dev}:{status.st_ino}"
         if key in seen:
             also = "" if seen[key] == name else f" (also as {seen[key]!r})"
             problems.append(f"input {name!r} is named twice{also}; give a file more weight instead: {name}:2")
@@ -205,12 +215,11 @@ def pieces(source: Source, disk: BinaryIO, total: int) -> Iterator[Piece]:
     if head.startswith(PARQUET) and not is_text:
         yield from parquet_rows(source, total)
         return
-    file = disk
+    file: Any = disk
     if head.startswith(GZIP):
-        file = io.BufferedReader(gzip.GzipFile(fileobj=disk), BUFFER_BYTES)
+        file = gzip.GzipFile(fileobj=disk)
         try:
-            head = file.read(HEAD_BYTES)
-            file.seek(0)
+            head = file.peek(HEAD_BYTES)
         except DAMAGED as error:
             yield 1, damaged(error), total, total
             return
