@@ -19,21 +19,24 @@ from tests.tiny import random_documents, target_weight, tiny_model
 BLOCK_SIZE = 64
 LENGTHS = [1, 64, 3, 17, 40, 9, 33, 2, 28, 51, 12, 30]
 LAYOUTS = ("alone", "packed")
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
-def rows_of(layout: str) -> list[list[Document]]:
+def rows_of(layout: str, *, weighted: bool) -> list[list[Document]]:
     """The same documents one per row or packed, and one row in which nothing is trained."""
-    documents = random_documents(LENGTHS, trained_share=0.4, seed=5)
-    masked = random_documents([20], trained_share=0.0, seed=6)
+    documents = random_documents(LENGTHS, trained_share=0.4, seed=5, weighted=weighted)
+    masked = random_documents([20], trained_share=0.0, seed=6, weighted=weighted)
     if layout == "alone":
         return [[document] for document in documents] + [masked]
     packed = [[documents[i] for i in row] for row in pack(np.array(LENGTHS), BLOCK_SIZE)]
     return [*packed, masked]
 
 
-def gradients(world: World, dtype: torch.dtype, *, accumulation: int, layout: str) -> dict[str, torch.Tensor]:
+def gradients(
+    world: World, dtype: torch.dtype, *, accumulation: int, layout: str, weighted: bool
+) -> dict[str, torch.Tensor]:
     """The gradient by parameter name. The last micro-batch is all masked wherever there is more than one."""
-    rows = rows_of(layout)
+    rows = rows_of(layout, weighted=weighted)
     micro_batches = accumulation * world.size
     full = max(1, micro_batches - 1)  # the masked row gets a micro-batch of its own
     trained, masked = (rows, []) if micro_batches == 1 else (rows[:-1], [rows[-1:]])
@@ -55,13 +58,15 @@ def samples_of(documents: list[Document]) -> Samples:
     ids, labels = (np.concatenate([document[part] for document in documents]) for part in (0, 1))
     offsets = np.cumsum([0, *(len(document.input_ids) for document in documents)])
     targets = np.array([target_weight([document]) for document in documents])
-    return Samples(ids, labels, offsets, targets, np.zeros((len(documents), 3), np.int64), weights=None)
+    weighted = [document.weights for document in documents if document.weights is not None]
+    weights = np.concatenate(weighted) if weighted else None
+    return Samples(ids, labels, offsets, targets, np.zeros((len(documents), 3), np.int64), weights)
 
 
-def validation_loss(world: World, *, batch_size: int) -> tuple[float, int]:
+def validation_loss(world: World, *, batch_size: int, weighted: bool) -> tuple[float, int]:
     """(mean loss, trained tokens counted)"""
     validation = Validation(
-        samples_of(random_documents(LENGTHS, trained_share=0.4, seed=5)),
+        samples_of(random_documents(LENGTHS, trained_share=0.4, seed=5, weighted=weighted)),
         block_size=BLOCK_SIZE,
         batch_size=batch_size,
         pad_id=0,
@@ -75,10 +80,13 @@ def validation_loss(world: World, *, batch_size: int) -> tuple[float, int]:
 def main(argv: list[str]) -> None:
     results = {}
     with join_world("cpu") as world:
-        for dtype, accumulation, layout in itertools.product([torch.float64, torch.float32], [1, 2, 4], LAYOUTS):
-            key = f"{str(dtype).removeprefix('torch.')} {accumulation} {layout}"
-            results[key] = gradients(world, dtype, accumulation=accumulation, layout=layout)
-        losses = {batch_size: validation_loss(world, batch_size=batch_size) for batch_size in (1, 2, 3)}
+        for case in itertools.product(DTYPES, [1, 2, 4], LAYOUTS, [False, True]):
+            dtype, accumulation, layout, weighted = case
+            results[case] = gradients(world, DTYPES[dtype], accumulation=accumulation, layout=layout, weighted=weighted)
+        losses = {
+            (batch_size, weighted): validation_loss(world, batch_size=batch_size, weighted=weighted)
+            for batch_size, weighted in itertools.product([1, 2, 3], [False, True])
+        }
         if world.is_main:
             torch.save({"gradients": results, "validation_losses": losses}, argv[0])
 

@@ -41,6 +41,16 @@ def test_weights_travel_with_their_targets():
     assert batch.targets.tolist() == [2, 3, 5]
 
 
+def test_a_weight_belongs_to_the_token_at_its_place_which_the_position_before_it_predicts():
+    """Shifted like the labels: the weight of a document's first token counts for nothing."""
+    document = Document(np.arange(4), np.arange(4), np.array([8.0, 1.0, 0.5, 0.25], dtype=np.float32))
+    batch = batch_of(*random_documents([3], trained_share=0.0, weighted=True), document)
+    assert batch.trained.tolist() == [3, 4, 5]
+    assert batch.targets.tolist() == [1, 2, 3]
+    assert batch.weights.tolist() == [1.0, 0.5, 0.25]
+    assert batch.trained_tokens == 3
+
+
 def test_an_all_masked_batch_has_no_trained_positions():
     batch = batch_of(*random_documents([5, 7], trained_share=0.0))
     assert batch.trained_tokens == 0
@@ -53,8 +63,8 @@ def test_dropout_seeds_differ_between_seeds_steps_and_micro_batches():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def loader(rank, world_size, *, rows_per_step=6):
-    samples = samples_of(random_documents([7, 12, 3, 9, 12, 5, 8, 11, 4, 10]))
+def loader(rank, world_size, *, rows_per_step=6, weighted=False):
+    samples = samples_of(random_documents([7, 12, 3, 9, 12, 5, 8, 11, 4, 10], weighted=weighted))
     stream = RowStream(samples.lengths, block_size=12, seed=0)
     sizes = {"batch_size": 1, "rows_per_step": rows_per_step, "rank": rank, "world_size": world_size}
     return TrainLoader(samples, stream, **sizes, pad_id=0, seed=0, device=torch.device("cpu"))
@@ -75,6 +85,13 @@ def test_the_ranks_share_the_rows_of_a_step_and_each_keeps_its_dropout(world_siz
 def test_the_normaliser_of_a_step_is_the_number_of_its_trained_tokens():
     step = loader(0, 1).step(0, rows_seen=0)
     assert step.target_weight == sum(batch.trained_tokens for batch in step.batches)
+
+
+def test_the_normaliser_of_a_weighted_step_is_the_sum_of_its_target_weights():
+    step = loader(0, 1, weighted=True).step(0, rows_seen=0)
+    batches = list(step.batches)
+    assert step.target_weight == pytest.approx(sum(batch.weights.double().sum().item() for batch in batches), rel=1e-12)
+    assert step.target_weight != pytest.approx(sum(batch.trained_tokens for batch in batches), rel=1e-3)
 
 
 def test_the_rows_of_a_step_follow_those_seen_whatever_the_step_is_called():

@@ -8,16 +8,18 @@ from tests.spread_worker import BLOCK_SIZE, LENGTHS, samples_of, validation_loss
 from tests.tiny import CPU_WORLD, random_documents, tiny_model
 
 
-def validation(**changes):
-    samples = samples_of(random_documents(LENGTHS, trained_share=0.4, seed=5))
+def validation(*, weighted=False, **changes):
+    samples = samples_of(random_documents(LENGTHS, trained_share=0.4, seed=5, weighted=weighted))
     choices = {"block_size": BLOCK_SIZE, "batch_size": 2, "pad_id": 0, "seed": 1, "limit": None, **changes}
     return Validation(samples, **choices)
 
 
-def test_the_loss_does_not_depend_on_the_batch_size():
-    loss, trained_tokens = validation_loss(CPU_WORLD, batch_size=1)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_does_not_depend_on_the_batch_size(weighted):
+    loss, trained_tokens = validation_loss(CPU_WORLD, batch_size=1, weighted=weighted)
     for batch_size in (2, 3, 100):
-        assert validation_loss(CPU_WORLD, batch_size=batch_size) == (pytest.approx(loss, rel=1e-6), trained_tokens)
+        got = validation_loss(CPU_WORLD, batch_size=batch_size, weighted=weighted)
+        assert got == (pytest.approx(loss, rel=1e-6), trained_tokens)
 
 
 def test_every_sample_counts_once():
@@ -31,18 +33,22 @@ def test_a_limit_takes_the_first_rows_of_the_shuffled_order():
     assert len(validation(limit=1000).rows) == len(everything)
 
 
-def test_evaluation_is_the_mean_over_trained_tokens_without_dropout():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_evaluation_is_the_weighted_mean_over_trained_tokens_without_dropout(weighted):
     model = tiny_model(dropout=0.5)
-    documents = random_documents(LENGTHS, trained_share=0.4, seed=5)
+    documents = random_documents(LENGTHS, trained_share=0.4, seed=5, weighted=weighted)
     model.eval()
-    loss_sum = tokens = 0.0
+    loss_sum = weight_sum = tokens = 0.0
     for document in documents:
         logits = model(torch.from_numpy(document.input_ids)[None])[0, :-1]
         labels = torch.from_numpy(document.labels)[1:]
-        loss_sum += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+        weights = torch.from_numpy(document.weights)[1:] if weighted else (labels != -100).float()
+        loss_sum += (losses * weights).sum().item()
+        weight_sum += weights.sum().item()
         tokens += (labels != -100).sum().item()
-    result = validation().evaluate(SummedLoss(model.train()), CPU_WORLD)
-    assert result.loss == pytest.approx(loss_sum / tokens, rel=1e-5)
+    result = validation(weighted=weighted).evaluate(SummedLoss(model.train()), CPU_WORLD)
+    assert result.loss == pytest.approx(loss_sum / weight_sum, rel=1e-5)
     assert (result.trained_tokens, result.rows) == (tokens, len(validation().rows))
 
 

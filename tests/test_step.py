@@ -77,6 +77,27 @@ def test_the_step_divides_by_its_trained_tokens_once_however_they_are_spread():
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-14, msg=name)
 
 
+def test_a_weighted_step_is_the_gradient_of_the_weighted_mean():
+    documents = random_documents([60, 41, 17], weighted=True)
+    model, reference = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64)
+    batches = [
+        make_batch([documents[:1]], block_size=64, pad_id=0),
+        make_batch([documents[1:]], block_size=64, pad_id=0),
+    ]
+    weight = target_weight(documents)
+    loss_sum = accumulate_gradients(SummedLoss(model), batches, target_weight=weight, world=CPU_WORLD)
+    weighted_sum = weight_sum = 0.0
+    for ids, labels, weights in documents:
+        logits = reference(torch.from_numpy(ids)[None])[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)[1:], reduction="none")
+        weighted_sum = weighted_sum + (losses * torch.from_numpy(weights)[1:]).sum()
+        weight_sum += weights[1:].astype(np.float64).sum()
+    (weighted_sum / weight_sum).backward()
+    assert (loss_sum / weight).item() == pytest.approx((weighted_sum / weight_sum).item(), rel=1e-12)
+    for (name, one), two in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_gradients_are_clipped_to_the_global_norm_and_the_norm_before_is_reported():
     documents = random_documents([60])
     batch = make_batch([documents], block_size=64, pad_id=0)

@@ -10,43 +10,46 @@ from sft.errors import UserError
 from sft.world import World, join_world
 from tests.conftest import ROOT
 from tests.launch import torchrun
-from tests.spread_worker import LAYOUTS, gradients, validation_loss
+from tests.spread_worker import DTYPES, LAYOUTS, gradients, validation_loss
 from tests.tiny import CPU_WORLD
 
 
 @pytest.fixture(scope="module")
 def reference():
+    """The gradients of one process, one micro-batch and a row for each document, by dtype and whether weighted."""
     return {
-        dtype: gradients(CPU_WORLD, dtype, accumulation=1, layout="alone") for dtype in (torch.float64, torch.float32)
+        (dtype, weighted): gradients(CPU_WORLD, DTYPES[dtype], accumulation=1, layout="alone", weighted=weighted)
+        for dtype, weighted in itertools.product(DTYPES, [False, True])
     }
 
 
 def assert_same_gradients(got, expected, dtype):
-    bound = 1e-12 if dtype is torch.float64 else 1e-6
+    bound = 1e-12 if dtype == "float64" else 1e-6
     for name, gradient in expected.items():
         distance = (got[name] - gradient).norm() / gradient.norm()
         assert distance <= bound, (name, distance)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "accumulation", "layout"), list(itertools.product([torch.float64, torch.float32], [1, 2, 4], LAYOUTS))
-)
-def test_one_process_gives_the_same_gradient_for_any_accumulation_and_packing(reference, dtype, accumulation, layout):
-    assert_same_gradients(
-        gradients(CPU_WORLD, dtype, accumulation=accumulation, layout=layout), reference[dtype], dtype
-    )
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("dtype", "accumulation", "layout"), list(itertools.product(DTYPES, [1, 2, 4], LAYOUTS)))
+def test_one_process_gives_the_same_gradient_for_any_accumulation_and_packing(
+    reference, dtype, accumulation, layout, weighted
+):
+    got = gradients(CPU_WORLD, DTYPES[dtype], accumulation=accumulation, layout=layout, weighted=weighted)
+    assert_same_gradients(got, reference[dtype, weighted], dtype)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_give_the_gradient_and_the_validation_loss_of_one(reference, tmp_path, processes):
     torchrun(processes, ROOT / "tests" / "spread_worker.py", tmp_path / "results.pt")
     results = torch.load(tmp_path / "results.pt", weights_only=True)
-    loss, trained_tokens = validation_loss(CPU_WORLD, batch_size=1)
-    assert results["validation_losses"] == {size: (pytest.approx(loss, rel=1e-6), trained_tokens) for size in (1, 2, 3)}
-    assert len(results["gradients"]) == 2 * 3 * len(LAYOUTS)
-    for key, got in results["gradients"].items():
-        dtype = torch.float64 if key.startswith("float64") else torch.float32
-        assert_same_gradients(got, reference[dtype], dtype)
+    assert len(results["validation_losses"]) == 3 * 2
+    for (_, weighted), got in results["validation_losses"].items():
+        loss, trained_tokens = validation_loss(CPU_WORLD, batch_size=1, weighted=weighted)
+        assert got == (pytest.approx(loss, rel=1e-6), trained_tokens)
+    assert len(results["gradients"]) == 2 * 3 * len(LAYOUTS) * 2
+    for (dtype, _, _, weighted), got in results["gradients"].items():
+        assert_same_gradients(got, reference[dtype, weighted], dtype)
 
 
 def test_an_error_on_one_rank_ends_all_ranks_with_one_message(tmp_path):
