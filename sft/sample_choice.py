@@ -10,7 +10,7 @@ import numpy as np
 from sft.arrays import AGAIN, SPLITS, PreparedData
 from sft.chatml import NOT_TRAINED
 from sft.errors import UserError
-from sft.sample_view import Piece, pieces
+from sft.sample_view import Piece, on_one_line, pieces
 from sft.tokenizer import Tokenizer
 
 Place = tuple[str, int]  # a split and the 0-based index of a sample in it
@@ -87,7 +87,7 @@ def named(data: PreparedData, name: str, *, split: str | None, source: str | Non
         index = source_index(data, where)
         found = [(key, i) for key, samples in data.splits.items() for i in of_record(samples.origins, index, wanted)]
         if not found:
-            path = source_name(data, index)
+            path = on_one_line(source_name(data, index))
             raise UserError(
                 f"{data.folder}: no sample comes from record {wanted} of {path}; "
                 "it is bad, was dropped, or the file is shorter: see the ledger"
@@ -118,6 +118,6 @@ def source_index(data: PreparedData, name: str) -> int:
     ending = [i for i, path in enumerate(paths) if path.endswith(f"/{name}")]
     if len(ending) == 1:
         return ending[0]
-    told = ", ".join(paths[i] for i in ending or range(len(paths)))
+    told = on_one_line(", ".join(paths[i] for i in ending or range(len(paths))))
     cause = f"{name!r} names several sources" if ending else f"no source is called {name!r}"
     raise UserError(f"{data.folder}: {cause}; there are {told or 'none'}")

@@ -36,7 +36,7 @@ def pieces(
 ) -> Iterator[Piece]:
     """A sample from its first token to its last; bytes that are no whole character are shown as <0xNN>."""
     names = {i: name for name, i in tokenizer.control.items()}
-    alone = names.keys() | (set(ids) - tokenizer.token_bytes.keys())
+    alone = names.keys() | {i for i in ids if i not in tokenizer.token_bytes}
     told = [1.0] * len(ids) if weights is None else weights
     tokens = [
         (i, label != NOT_TRAINED, float(weight) if label != NOT_TRAINED else 0.0, i in alone)
@@ -46,7 +46,7 @@ def pieces(
         stretch = [token[0] for token in group]
         if is_alone:
             for i in stretch:
-                runs = (names[i],) if i in names else ("", f"<no token {i}>")
+                runs = (on_one_line(names[i]),) if i in names else ("", f"<no token {i}>")
                 yield Piece((i,), runs, trained, weight, i in names)
         else:
             for together, text in whole_characters(stretch, tokenizer):

@@ -84,6 +84,15 @@ def test_no_control_character_of_the_data_reaches_the_terminal(terminal, made, s
     assert "raw/<0x1B>[2Jcats.jsonl" in out
 
 
+@pytest.mark.parametrize("arguments", ["--sample=\x1b[2Jcats.jsonl:9", "--source=dogs.jsonl"])
+def test_no_control_character_of_a_path_reaches_the_terminal_in_an_error(arguments, made):
+    made.add("one", "cat")
+    with pytest.raises(UserError) as refused:
+        inspect_data.main([str(made.write(sources=[{"path": "raw/\x1b[2Jcats.jsonl"}])), arguments])
+    assert "raw/<0x1B>[2Jcats.jsonl" in str(refused.value)
+    assert "\x1b" not in str(refused.value)
+
+
 def test_bytes_that_are_no_character_are_shown_and_a_divided_character_is_whole(made, show):
     made.add("?", "né 你".encode() + b"\xff \xe4\xbd")
     assert "⟦né 你<0xFF> <0xE4><0xBD>⟨im_end⟩⟧" in show(made.write())
