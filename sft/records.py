@@ -66,7 +66,7 @@ def parse_fields(text: str | None) -> dict[str, str]:
             problems.append(f"fields says no column for {name!r} (write {name}:column)")
         elif name in fields or column in fields.values():
             problems.append(f"fields names a thing twice with {item.strip()!r} (keep one)")
-        fields[name] = column
+        fields.setdefault(name, column)
     if problems:
         raise UserError("; ".join(problems))
     return fields

@@ -101,6 +101,7 @@ def find_sources(spec: str) -> Found:
         found, reason = files_of(name)
         if reason:
             problems.append(f"input {name!r} cannot be read: {reason}")
+            continue
         sources += [Source(label, Path(path), weight) for label, path in found]
     problems += named_twice(sources)
     if not sources and not problems:
@@ -180,7 +181,8 @@ def named_twice(sources: list[Source]) -> list[str]:
             key = f"{status.st_dev}:{status.st_ino}"
         if key in seen:
             also = "" if seen[key] == name else f" (also as {seen[key]!r})"
-            problems.append(f"input {name!r} is named twice{also}; give a file more weight instead: {name}:2")
+            remedy = "name - once" if name == STANDARD_INPUT else f"give a file more weight instead: {name}:2"
+            problems.append(f"input {name!r} is named twice{also}; {remedy}")
         seen.setdefault(key, name)
     return problems
 

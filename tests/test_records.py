@@ -1,239 +1,345 @@
 import json
+from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sft.conversation import LONGEST_BLANK, Message
+from sft.conversation import BadRecord, Conversation, Message, ToolCall
 from sft.errors import UserError
-from sft.records import Problems, read_conversations
+from sft.records import ReadOptions, oddities, parse_fields, read_record
+from sft.sources import RawRecord, find_sources, raw_records
 
-EXCHANGE = (Message("user", "2+2?"), Message("assistant", "4"))
+ASK, ANSWER = Message("user", "2+2?"), Message("assistant", "4")
+EXCHANGE = (ASK, ANSWER)
+SYSTEM = Message("system", "Be brief.")
+TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+SHAREGPT = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
 
 
-def read(path):
-    return list(read_conversations(path))
+def read(record, format="auto", group_by=None, **fields):
+    raw = RawRecord(3, 7, json.dumps(record).encode(), 0)
+    return read_record(raw, ReadOptions(format, fields, group_by), 2)
 
 
-def write(tmp_path, *records, name="data.jsonl"):
-    path = tmp_path / name
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+def refusal(record, *arguments, **options):
+    with pytest.raises(BadRecord) as caught:
+        read(record, *arguments, **options)
+    return str(caught.value)
+
+
+def asked(**keys):
+    return {"messages": [TURNS[0], {**TURNS[1], **keys}]}
 
 
 @pytest.mark.parametrize(
     "record",
     [
-        {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", "name": "bot"}]},
-        {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], "tools": []},
+        {"messages": TURNS, "tools": [], "images": None, "system": ""},
+        {"messages": [TURNS[0], {**TURNS[1], "name": "bot", "tool_calls": [], "weight": None, "unknown": {}}]},
+        {"messages": [{**TURNS[0], "weight": 0, "train": False, "reasoning_content": ""}, {**TURNS[1], "train": True}]},
+        {"messages": [TURNS[0], {**TURNS[1], "weight": 1, "loss_weight": 1.0, "train": True, "reasoning": None}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "value": "2?"}]}]}
+        | {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+2?", "image_url": None}]}, TURNS[1]]},
+        {"messages": TURNS, "prompt": "2+2?", "text": "rendered"},
+        {"messages": SHAREGPT},
+        {"conversations": SHAREGPT, "id": "identity_0", "tools": "[]"},
+        {"conversation": [{"from": "user", "value": "2+2?"}, {"from": "chatgpt", "value": "4", "weight": 1}]},
+        {"conversations": [{"role": "human", "content": "2+2?"}, {"role": "model", "content": "4"}]},
         {"prompt": "2+2?", "completion": "4"},
         {"question": "2+2?", "answer": "4", "source": 7},
         {"query": "2+2?", "response": "4", "text": None},
-        {"instruction": "2+2?", "input": "", "output": "4"},
+        {"instruction": "2+2?", "input": "", "output": "4", "history": [], "system": ""},
         {"instruction": "2+2?", "input": None, "output": "4", "text": "### Instruction: 2+2? ### Response: 4"},
+        {"instruction": "2+2?", "context": "", "response": "4", "category": "sums"},
+        {"context": "2+2?", "answer": "4", "chain_of_thought": "..."},
+        {"prompt": [TURNS[0]], "completion": [TURNS[1]]},
     ],
 )
-def test_each_format_of_one_exchange_gives_the_same_messages(tmp_path, record):
-    (conversation,) = read(write(tmp_path, record))
-    assert conversation.messages == EXCHANGE
-    assert conversation.text is None
+def test_each_format_of_one_exchange_gives_the_same_conversation(record):
+    assert read(record) == Conversation(EXCHANGE, source=2, record=3, line=7)
 
 
-def test_alpaca_puts_the_system_turn_first_and_the_input_after_a_blank_line(tmp_path):
-    record = {"instruction": "Add.", "input": "2 and 2", "output": "4", "system": "Be brief."}
-    (conversation,) = read(write(tmp_path, record))
-    assert conversation.messages == (
-        Message("system", "Be brief."),
-        Message("user", "Add.\n\n2 and 2"),
-        Message("assistant", "4"),
+def test_openai_messages_are_read_with_tools_reasoning_and_weights():
+    weather = {"name": "weather", "description": "Wetter für", "parameters": {"type": "object"}}
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln", "days": 1.0}}}
+    record = {
+        "messages": [
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": None, "reasoning_content": "", "tool_calls": [call], "weight": 0.5},
+            {"role": "tool", "content": "[]", "tool_call_id": "1", "name": "weather"},
+            {
+                "role": "assistant",
+                "tool_calls": [{"name": "weather", "arguments": '{"city":  "Bonn"}'}],
+                "train": False,
+            },
+            {"role": "assistant", "content": "<think>\nx\n</think>\n\nSun", "reasoning": "Hm.", "loss_weight": 2},
+        ],
+        "tools": [weather, {"type": "function", "function": weather}],
+    }
+    wrapped = json.dumps({"type": "function", "function": weather}, ensure_ascii=False)
+    assert read(record).tools == (wrapped, wrapped)
+    assert read({**record, "tools": json.dumps(record["tools"])}).tools == (wrapped, wrapped)
+    assert read(record).messages == (
+        SYSTEM,
+        Message("user", "Weather?"),
+        Message("assistant", "", "", (ToolCall("weather", '{"city": "Köln", "days": 1.0}'),), 0.5),
+        Message("tool", "[]"),
+        Message("assistant", "", None, (ToolCall("weather", '{"city":  "Bonn"}'),), 0.0),
+        Message("assistant", "<think>\nx\n</think>\n\nSun", "Hm.", (), 2.0),
     )
 
 
-def test_a_record_that_has_only_text_is_plain_text(tmp_path):
-    (conversation,) = read(write(tmp_path, {"text": "Once upon a time", "id": 3}))
-    assert (conversation.messages, conversation.text) == ((), "Once upon a time")
+def test_the_parts_of_a_content_are_joined_by_their_kind():
+    parts = [
+        {"type": "reasoning", "value": "a"},
+        {"type": "reasoning", "reasoning": "b"},
+        {"type": "text", "text": "c "},
+        {"type": "text", "value": " d"},
+        {"type": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"type": "tool_call", "value": {"name": "g", "arguments": "{}"}},
+    ]
+    _, said = read(asked(content=parts)).messages
+    assert said == Message("assistant", "c  d", "ab", (ToolCall("f", '{"x": 1}'), ToolCall("g", "{}")))
+    assert read(asked(content=[])).messages[1] == Message("assistant", "")
 
 
-def test_an_array_and_lines_give_the_same_conversations_with_their_lines(tmp_path):
-    records = [{"prompt": f"p{i} ü", "completion": "\u2028c"} for i in range(3)]
-    lines = tmp_path / "a.jsonl"
-    lines.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records), encoding="utf-8")
-    array = tmp_path / "a.json"
-    array.write_text(json.dumps(records, indent=2), encoding="utf-8")
-    from_lines, from_array = read(lines), read(array)
-    assert [c.messages for c in from_lines] == [c.messages for c in from_array]
-    assert [(c.record, c.line) for c in from_lines] == [(1, 1), (2, 2), (3, 3)]
-    assert [(c.record, c.line) for c in from_array] == [(1, 2), (2, 6), (3, 10)]
+def test_sharegpt_is_read_with_its_roles_calls_tools_and_system_text():
+    calls = [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {"x": "é"}}]
+    record = {
+        "conversations": [
+            {"from": "human", "value": "2+2?"},
+            {"from": "function_call", "value": json.dumps(calls[0])},
+            {"from": "observation", "value": "4"},
+            {"from": "function_call", "value": json.dumps(calls), "weight": 0},
+            {"from": "function_response", "value": "5"},
+            {"from": "tool", "value": "6"},
+            {"from": "bing", "value": "4"},
+        ],
+        "system": "Be brief.",
+        "tools": [{"name": "f"}],
+    }
+    f, g = ToolCall("f", "{}"), ToolCall("g", '{"x": "é"}')
+    assert read(record).messages == (
+        SYSTEM,
+        ASK,
+        Message("assistant", "", tool_calls=(f,)),
+        Message("tool", "4"),
+        Message("assistant", "", tool_calls=(f, g), weight=0.0),
+        Message("tool", "5"),
+        Message("tool", "6"),
+        ANSWER,
+    )
+    assert read(record).tools == ('{"type": "function", "function": {"name": "f"}}',)
 
 
-def test_blank_lines_count_as_lines_but_not_as_records(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\r\n{"text": "a"}\r\n\r\n{"text": "b"}')
-    assert [(c.record, c.line, c.text) for c in read(path)] == [(1, 2, "a"), (2, 4, "b")]
+def test_an_exchange_has_system_history_and_prompt_in_order_and_its_input_after_a_blank_line():
+    record = {
+        "instruction": "Add.",
+        "input": "2 and 2",
+        "output": "4",
+        "system": "Be brief.",
+        "history": [["2+2?", "4"]],
+    }
+    messages = (SYSTEM, ASK, ANSWER, Message("user", "Add.\n\n2 and 2"), ANSWER)
+    assert read(record).messages == messages
+    record["context"] = record.pop("input")
+    assert read(record).messages == messages
+    assert read({**record, "tools": [{"name": "f"}]}).tools == ('{"type": "function", "function": {"name": "f"}}',)
 
 
-def test_the_bytes_told_to_advance_add_up_to_the_file(tmp_path):
-    for path in (
-        write(tmp_path, {"text": "é"}, {"text": "b"}),
-        write(tmp_path, [{"text": "é"}, {"text": "b"}], name="a.json"),
-    ):
-        told = []
-        list(read_conversations(path, advance=told.append))
-        assert sum(told) == path.stat().st_size
+def test_what_an_assistant_says_in_a_prompt_of_messages_is_not_trained():
+    record = {"prompt": [*TURNS, TURNS[0]], "completion": [TURNS[1]], "system": "Be brief."}
+    assert read(record).messages == (SYSTEM, ASK, ANSWER._replace(weight=0.0), ASK, ANSWER)
+    message = "a record whose prompt is a list of messages has 'input', which would be lost; write it as messages"
+    assert refusal({**record, "input": "more"}) == message
 
 
-def exchange(**keys):
-    return json.dumps({"prompt": "p", "completion": "c", **keys}).encode()
+def test_a_record_that_has_only_text_is_plain_text():
+    assert read({"text": "Once \ud83d\ude00", "id": 3, "tools": None}) == Conversation((), "Once 😀", (), 2, 3, 7)
 
 
-def message(**keys):
-    return json.dumps({"messages": [{"role": "user", "content": "hi", **keys}]}).encode()
-
-
-BAD_LINES = {
-    "broken JSON at column 10: Unterminated string": b'{"text": "a',
-    "broken JSON at column 15: Extra data": b'{"text": "a"} {"text": "b"}',
-    "Invalid control character": b'{"text": "a\x01"}',
-    "NaN is not JSON": b'{"text": "a", "score": NaN}',
-    "-Infinity is not JSON": b'{"text": "a", "score": [-Infinity]}',
-    "the key 'text' occurs twice": b'{"text": "a", "text": "b"}',
-    "not UTF-8 (byte 0xff)": b'{"text": "\xff"}',
-    "half a character (\\ud83d at 1)": b'{"text": "a\\ud83d"}',
-    "JSON nested too deeply": b"[" * 100_000,
-    "unreadable JSON": b'{"text": "a", "n": ' + b"1" * 5000 + b"}",
-    "a record must be an object, not a string": b'"text"',
-    "a record must be an object, not null": b"null",
-    "'text' must be a string, not a number": b'{"text": 3}',
-    "'text' must be a string, not true/false": b'{"text": true}',
-    "no key for anything known (keys: 'content')": b'{"content": "a"}',
-    "no key for anything known (keys: none)": b'{"text": null}',
-    "no key for a completion": b'{"prompt": "a"}',
-    "no key for a prompt": b'{"text": "a", "answer": "b"}',
-    "'prompt' must be a string, not a list": exchange(prompt=[{"role": "user", "content": "a"}]),
-    "'completion' must be a string, not an object": exchange(completion={}),
-    "'prompt' and 'question' are both there": exchange(question="q"),
-    "'completion' and 'answer' are both there": exchange(answer="q"),
-    "has 'context', which is not read yet": exchange(context="c"),
-    "has 'history', which is not read yet": exchange(history=[["a", "b"]]),
-    "'conversations' (ShareGPT) is not read yet": b'{"conversations": [{"from": "human", "value": "a"}]}',
-    "has 'tools', which is not read yet": exchange(tools=[{"name": "f"}]),
-    "'messages' must be a list": b'{"messages": "hi"}',
-    "'messages' is empty": b'{"messages": []}',
-    "message 1 must be an object": b'{"messages": ["hi"]}',
-    "message 1 has no 'role'": b'{"messages": [{"content": "hi"}]}',
-    "message 1 has no 'content'": b'{"messages": [{"role": "user"}]}',
-    "message 1 has the role 'tool'": message(role="tool"),
-    "message 1 has the role ['user']": message(role=["user"]),
-    "message 1: 'content' must be a string, not a list": message(content=[{"type": "text", "text": "hi"}]),
-    "message 1: 'content' must be a string, not null": message(content=None),
-    "message 1 has 'tool_calls'": message(tool_calls=[{"id": 1}]),
-    "message 1 has 'reasoning_content'": message(reasoning_content="hm"),
-    "message 1 has 'weight'": message(weight=0),
-    "message 1 has 'train'": message(train=False),
-    "blanks in a row": json.dumps({"text": "a" + " " * (LONGEST_BLANK + 1)}).encode(),
+AMBIGUOUS = {
+    "messages": TURNS,
+    "conversations": [{"from": "human", "value": "shared"}],
+    "instruction": "instructed",
+    "output": "put",
+    "prompt": "prompted",
+    "response": "responded",
+    "context": "given",
+    "input": "in",
+    "text": "plain",
 }
 
 
-@pytest.mark.parametrize("cause", BAD_LINES)
-def test_a_bad_line_is_refused_with_file_line_cause_and_remedy(tmp_path, cause):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"text": "good"}\n\n' + BAD_LINES[cause] + b'\n{"text": "good"}\n')
+@pytest.mark.parametrize(
+    ("options", "contents"),
+    [
+        ({"format": "messages"}, ["2+2?", "4"]),
+        ({"format": "sharegpt"}, ["shared"]),
+        ({"format": "alpaca"}, ["instructed\n\nin", "put"]),
+        ({"format": "dolly"}, ["instructed\n\ngiven", "responded"]),
+        ({"format": "text"}, "plain"),
+        ({"messages": "messages"}, ["2+2?", "4"]),
+        ({"messages": "conversations"}, ["shared"]),
+        ({"conversations": "messages"}, ["2+2?", "4"]),
+        ({"text": "input"}, "in"),
+        (
+            {"prompt": "response", "completion": "prompt", "input": "output", "context": "none"},
+            ["responded\n\nput", "prompted"],
+        ),
+        ({"format": "alpaca", "prompt": "text", "input": "none"}, ["plain", "put"]),
+        ({"format": "text", "text": "context"}, "given"),
+    ],
+)
+def test_what_could_be_several_formats_is_read_as_the_options_say(options, contents):
+    conversation = read(AMBIGUOUS, **options)
+    found = [message.content for message in conversation.messages] if conversation.text is None else conversation.text
+    assert found == contents
+
+
+def test_what_could_be_several_formats_is_refused_without_options():
+    assert refusal(AMBIGUOUS) == (
+        "'messages' and 'conversations' are both there; say which is meant, with --format or --fields"
+    )
+    exchange = {key: value for key, value in AMBIGUOUS.items() if key not in ("messages", "conversations")}
+    assert refusal(exchange).startswith("'prompt' and 'instruction' are both there; keep the one")
+    assert refusal({"text": "a"}, "messages").startswith("the record has no key for 'messages' (keys: 'text'); use")
+    assert refusal({"prompt": "a", "answer": "b"}, prompt="question").startswith("the record has no key for a prompt")
+
+
+def test_fields_are_parsed_and_all_that_is_wrong_with_them_is_told():
+    assert parse_fields(None) == parse_fields(" ") == {}
+    assert parse_fields("prompt:their question, completion : a:b ,") == {
+        "prompt": "their question",
+        "completion": "a:b",
+    }
     with pytest.raises(UserError) as caught:
-        read(path)
-    headline, *problems = str(caught.value).splitlines()
-    assert headline == "the input cannot be used:"
-    assert len(problems) == 1
-    assert problems[0].startswith(f"  {path}:3: ")
-    assert cause in problems[0]
-    assert ";" in problems[0]
-    assert len(problems[0]) < 400
+        parse_fields("promt:q,completion,text:a,text:b,system:a")
+    assert str(caught.value) == (
+        "fields has no name 'promt' (the names are messages, conversations, prompt, completion, input, context, "
+        "system, history, tools, text); fields says no column for 'completion' (write completion:column); "
+        "fields names a thing twice with 'text:b' (keep one); fields names a thing twice with 'system:a' (keep one)"
+    )
+
+
+def test_the_group_is_the_value_at_a_path():
+    record = {**asked(), "meta": {"book": {"id": 7}}, "a.b": "é", "none": None}
+    assert read(record).group is None
+    assert read(record, group_by="meta.book.id").group == "7"
+    assert read(record, group_by="a.b").group == '"\\u00e9"'
+    remedy = "give it a string or a number, or group by another key"
+    for path, what in (
+        ("meta.book", "an object"),
+        ("meta.author", "nothing"),
+        ("none", "nothing"),
+        ("messages.0", "nothing"),
+    ):
+        assert refusal(record, group_by=path) == f"'{path}' (group_by) holds {what}; {remedy}"
 
 
 @pytest.mark.parametrize(
-    ("content", "line", "cause"),
+    ("keys", "message"),
     [
-        (b"", 1, "the file holds no records"),
-        (b" \n\n", 1, "the file holds no records"),
-        (b" [\n] ", 1, "the file holds no records"),
-        (b"\xef\xbb\xbf{}", 1, "byte order mark"),
-        ('{"text": "a"}'.encode("utf-16"), 1, "is UTF-16"),
-        (b"\x1f\x8b\x08", 1, "is compressed"),
-        (b"PAR1", 1, "is Parquet"),
-        (b'{\n  "text": "a"\n}', 1, "broken JSON"),
-        (b"plain text\n", 1, "broken JSON"),
-        (b'[\n{"text": "a"},\n{"text": 1}\n]', 3, "'text' must be a string"),
-        (b'[{"text": "a"},\n{"text": NaN},\n{"text": "b"}]', 2, "NaN is not JSON"),
-        (b'[\n{"text": "a"}\n{"text": "b"}]', 3, "Expecting ',' or ']'"),
-        (b'[{"text": "a"},\n]', 2, "Expecting value"),
-        (b'[{"text": "a"}', 1, "Expecting ',' or ']'"),
-        (b'[{"text": "a"}]\n[]', 2, "Extra data after the array"),
-        (b'[{"text": "a"},\n{"text": "\xff"}]', 2, "not UTF-8"),
-        (b'[\n{"a":' + b"[" * 100_000, 2, "nested too deeply"),
-        (b'[{"a": NaN, "b":' + b"[" * 100_000, 1, "nested too deeply"),
+        ({"weight": float("1e-7")}, "is 1e-07; a weight is 0 or a number from 1e-06 to 1e+06"),
+        ({"weight": 10**400}, "; a weight is 0 or a number from"),
+        ({"weight": True}, "must be a number, not true/false; 'train' takes true and false"),
+        ({"weight": 1, "loss_weight": 2}, "'weight' and 'loss_weight' contradict each other"),
+        ({"train": False, "weight": 2}, "'train' and 'weight' contradict each other"),
+        ({"reasoning": 1}, "'reasoning' must be a string, not a number"),
+        (
+            {"reasoning": "a", "content": [{"type": "reasoning", "value": "a"}]},
+            "reasoning beside its content and in it",
+        ),
+        (
+            {
+                "tool_calls": [{"name": "f", "arguments": ""}],
+                "content": [{"type": "tool_call", "value": {"name": "f"}}],
+            },
+            "'arguments' must be an object or its JSON, not null; write {} for none",
+        ),
+        ({"content": [{"type": "text", "text": "a", "value": "b"}]}, "more than one of 'text', 'text' and 'value'"),
+        ({"content": [{"type": "tool_call", "value": "[]"}], "tool_calls": [3]}, "tool call 1 must be an object"),
+        ({"content": None}, "has no 'content' (null counts as none)"),
+        ({"content": None, "tool_calls": []}, "has no 'content' (null counts as none)"),
+        ({"tool_calls": [{"name": "f", "arguments": {"a": "\ud800"}}]}, "'arguments' holds half a character"),
+        ({"tool_calls": [{"name": "\ud800", "arguments": {}}]}, "'name' holds half a character"),
     ],
 )
-def test_a_bad_file_is_refused_with_the_line(tmp_path, content, line, cause):
-    path = tmp_path / "bad.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        read(path)
-    problems = str(caught.value).splitlines()[1:]
-    assert any(problem.startswith(f"  {path}:{line}: ") and cause in problem for problem in problems)
+def test_what_a_message_cannot_say_is_refused(keys, message):
+    assert message in refusal(asked(**keys))
 
 
-def test_a_missing_file_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
-        read(tmp_path / "none.jsonl")
+def test_nesting_is_refused_at_one_depth_whoever_calls():
+    def nested(levels):
+        value = "x"
+        for _ in range(levels - 1):
+            value = [value]
+        return {"text": "a", "other": value, "wide": [[]] * 200}
+
+    def deeper(calls, record):
+        return read(record) if calls == 0 else deeper(calls - 1, record)
+
+    assert deeper(300, nested(100)).text == "a"
+    for levels in (101, 800, 950):
+        assert refusal(nested(levels)) == "JSON nested too deeply (more than 100 levels); flatten it"
+    tools = "[" * 101 + "]" * 101
+    assert refusal({**asked(), "tools": tools}).startswith("'tools': JSON nested too deeply")
 
 
-def test_problems_are_collected_and_ten_are_plenty(tmp_path):
-    three = write(tmp_path, {"text": 1}, {"text": "a"}, {"text": 2}, {}, name="three.jsonl")
-    with pytest.raises(UserError) as caught:
-        read(three)
-    assert [line.split(":")[1] for line in str(caught.value).splitlines()[1:]] == ["1", "3", "4"]
-    many = write(tmp_path, *[{"text": i} for i in range(50)], name="many.jsonl")
-    with pytest.raises(UserError) as caught:
-        read(many)
-    assert len(str(caught.value).splitlines()) == 11
+def test_oddities_are_named():
+    def found(*turns):
+        return oddities(Conversation(tuple(Message(*turn) for turn in turns)))
+
+    user, assistant, system = ("user", "a"), ("assistant", "b"), ("system", "c")
+    call = ("assistant", "", None, (ToolCall("f", "{}"),))
+    assert found(system, user, assistant) == found(user, call, ("tool", "d"), assistant) == ()
+    assert found(user, system, assistant) == ()
+    assert found(user, ("assistant", "")) == ("empty_turn",)
+    assert found(user, user, assistant) == found(user, system, user, assistant) == ("user_turns_in_a_row",)
+    assert found(system, assistant, user, assistant) == ("assistant_first",)
+    assert found(user, assistant, user) == ("user_last",)
+    for turn in (("assistant", "\0"), ("assistant", "a", "\0"), ("assistant", "", None, (ToolCall("f", "\0"),))):
+        assert found(user, turn) == ("nul",)
+    assert oddities(Conversation((), "a\0")) == ("nul",)
+    assert oddities(Conversation((), "a")) == ()
+    assert set(found(("assistant", ""), ("user", "\0"), user)) == {
+        *("empty_turn", "assistant_first", "user_turns_in_a_row", "user_last", "nul")
+    }
 
 
-def test_good_records_around_a_bad_one_are_still_read(tmp_path):
-    problems = Problems()
-    path = write(tmp_path, {"text": "a"}, {"text": 1}, {"text": "b"})
-    assert [(c.record, c.text) for c in read_conversations(path, problems=problems)] == [(1, "a"), (3, "b")]
-    assert len(problems.found) == 1
+COUNTS = {
+    "fastchat/dummy_conversation.json": (500, 2000),
+    "gsm8k/test.jsonl": (1319, 2638),
+    "gsm8k/train.jsonl": (7473, 14946),
+    "llamafactory/alpaca_en_demo.json": (999, 1998),
+    "llamafactory/alpaca_zh_demo.json": (1000, 2000),
+    "llamafactory/glaive_toolcall_en_demo.json": (300, 1914),
+    "llamafactory/reason_tool_use_demo_50.jsonl": (50, 274),
+    "llamafactory/v1_sft_demo.jsonl": (500, 1000),
+    "llmfoundry/dolly_hhrlhf_train_small.jsonl": (1000, 2000),
+    "llmfoundry/math.jsonl": (5000, 10000),
+    "rasbt/instruction-data.json": (1100, 2200),
+    "tinyshakespeare/input.txt": (1, 0),
+}
 
 
-KEYS = st.sampled_from(["messages", "role", "content", "text", "prompt", "completion", "input", "system", "tools"])
-TEXT = st.text(st.characters(), max_size=5)  # surrogates among them
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(["user", "assistant"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | TEXT, inner, max_size=4),
-    max_leaves=12,
-)
-
-
-@given(records=st.lists(JSON, max_size=3), as_array=st.booleans())
-def test_any_json_is_read_or_refused_with_a_clear_error(tmp_path_factory, records, as_array):
-    path = tmp_path_factory.mktemp("json") / "any.json"
-    path.write_text(json.dumps(records) if as_array else "\n".join(map(json.dumps, records)))
-    assert_read_or_refused(path, len(records))
-
-
-@given(content=st.binary(max_size=40), start=st.sampled_from([b"", b"[", b'{"text": "', b'[{"text": "a"}']))
-def test_any_bytes_are_read_or_refused_with_a_clear_error(tmp_path_factory, content, start):
-    path = tmp_path_factory.mktemp("bytes") / "any.jsonl"
-    path.write_bytes(start + content)
-    assert_read_or_refused(path)
-
-
-def assert_read_or_refused(path, count=None):
-    refusal = None
-    try:
-        conversations = read(path)
-    except UserError as error:
-        refusal = str(error)
-    if refusal:
-        assert f"\n  {path}:" in refusal
-    elif count is not None:
-        assert len(conversations) == count
+@pytest.mark.oracle
+def test_every_record_of_other_peoples_data_is_read(shared: Path):
+    sources, problems = find_sources(str(shared / "data"))
+    assert problems == []
+    options = ReadOptions()
+    calls = thoughts = tools = 0
+    found = {}
+    for index, source in enumerate(sources):
+        read = [read_record(raw, options, index) for raw in raw_records(source)]
+        messages = [message for conversation in read for message in conversation.messages]
+        found[str(source.path.relative_to(shared / "data"))] = (len(read), len(messages))
+        assert not {name for conversation in read for name in oddities(conversation)}
+        calls += sum(len(message.tool_calls) for message in messages)
+        thoughts += sum(message.reasoning is not None for message in messages)
+        tools += sum(len(conversation.tools) for conversation in read)
+        if source.path.suffix == ".txt":
+            assert read[0].text == source.path.read_text(encoding="utf-8")
+    assert found == COUNTS
+    assert (calls, thoughts) == (279, 112)
+    assert tools > 300
