@@ -37,8 +37,10 @@ def content_digest(conversation: Conversation) -> bytes:
         parts.append(f"{role} {len(content)}:{content}")
         if reasoning is not None:
             parts.append(f"~{len(reasoning)}:{reasoning}")
-        parts += [f"@{len(name)},{len(arguments)}:{name}{arguments}" for name, arguments in tool_calls]
-    parts += [f"#{len(tool)}:{tool}" for tool in conversation.tools]
+        for name, arguments in tool_calls:
+            parts.append(f"@{len(name)},{len(arguments)}:{name}{arguments}")
+    for tool in conversation.tools:
+        parts.append(f"#{len(tool)}:{tool}")
     if conversation.text is not None:
         parts.append(f"${conversation.text}")
     return blake2b("".join(parts).encode(), digest_size=DIGEST_BYTES).digest()
@@ -282,9 +284,12 @@ def jaccard(one: Shingles, others: list[Shingles]) -> list[float]:
 
 
 WORDS_OF_A_SHINGLE = 5
-# Scripts without spaces between words (Thai and its neighbours, Chinese, Japanese): there a character is a word.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-WORD = re.compile(rf"(?=\w)[{UNSPACED}]|[^\W{UNSPACED}]+")
+# Scripts without spaces between words (Thai and its neighbours, Japanese, Chinese): there a character is a word.
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    r"\u3040-\u30fa\u30fc-\u312f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
