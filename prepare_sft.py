@@ -1,152 +1,232 @@
-"""Raw conversations -> token and label arrays that train_sft.py reads, with a ledger of what became of them.
+"""Raw conversations -> token and label arrays that train_sft.py reads, with a ledger of every token and an audit.
 
 python prepare_sft.py --input=conversations.jsonl --tokenizer=tokenizer.json --out_dir=data/mine
 """
 
 from __future__ import annotations
 
-import dataclasses
 import filecmp
-import hashlib
-import json
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from sft import elsewhere
 from sft.arrays import SPLITS, replaced_files, sha256_of
-from sft.prepared_writer import PreparedWriter, earlier_meta
-from sft.chatml import NOT_TRAINED, Sample, cut, render_batch
+from sft.audit import COUNTS, audit_chunk, with_written
+from sft.chatml import TrainOn
 from sft.config import Resolved, load_settings, to_dict
-from sft.conversation import BadRecord, Conversation, Message, text_of
-from sft.errors import EXIT_FAILED, UserError, run_program
-from sft.records import Problems, read_conversations
+from sft.conversation import BadRecord, Conversation, text_of
+from sft.duplicates import Leak, content_digest, find_leaks
+from sft.errors import EXIT_FAILED, UserError, listed, run_program
+from sft.joining import BadRecords, BadRecordsChoice, Joining
+from sft.preparation import Recipe, TooLong, chunks, default_workers, render_chunk
+from sft.prepared_writer import PreparedWriter, earlier_meta
+from sft.records import Format, ReadOptions, parse_fields
+from sft.sources import Source, find_sources, spool_standard_input
+from sft.tally import DROPPED
+from sft.templates import JINJA_NAME, TemplateName, jinja_file
 from sft.tokenizer import Tokenizer, load_tokenizer
+from sft.workers import Workers
 
-# Conversations are rendered so many at a time, or fewer where they are long: what memory use is bounded by.
-BATCH_CONVERSATIONS = 1_000
-BATCH_CHARACTERS = 4_000_000
-
-DROPPED = {"too_long": "too long", "no_trained_tokens": "no trained token"}
+SPOOL = "standard_input.partial"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
     """Every knob of preparing. A sample is a rendered conversation; its length counts control tokens too."""
 
-    input: str  # JSON lines or a JSON array of conversations; several files are separated by commas
+    input: str  # files, folders, globs or - (standard input), separated by commas; a.jsonl:0.7 = 0.7 epochs per pass
     tokenizer: str  # tokenizer.json, *.tiktoken, or a folder that holds one
     out_dir: str  # folder for the arrays and meta.json; what was prepared there before is replaced
+    format: Format = "auto"  # of the records; auto = recognised record by record
+    fields: str | None = None  # columns under other names: prompt:their_name,completion:their_other_name
     block_size: int = 2048  # tokens of the longest sample that is kept
-    val_fraction: float = 0.05  # share of the conversations for validation, chosen by their content; 0 = none
-    template: Literal["chatml"] = "chatml"  # how a conversation becomes text
-    too_long: Literal["drop", "cut", "error"] = "drop"  # longer than block_size; cut removes whole turns from the end
-    seed: int = 1337  # of the choice of validation conversations
+    too_long: TooLong = "drop"  # cut removes whole turns from the end; split cuts plain text into pieces and keeps all
+    template: TemplateName = "chatml"  # how a conversation becomes text; qwen3 has a think block for reasoning
+    train_on: TrainOn = "assistant"  # all assistant turns, the last one only, or all tokens but tool results
     system_prompt: str | None = None  # put in front of conversations that have no system turn
+    val_fraction: float = 0.05  # share of the conversations for validation, chosen by their content; 0 = none
+    group_by: str | None = None  # a key of the records; those with the same value are in the same split
+    near_duplicates: bool = False  # drop validation conversations that nearly equal a training one (MinHash)
+    seed: int = 1337  # of the choice of validation conversations
+    bad_records: BadRecordsChoice = "error"  # skip = leave them out, count them and tell the first
+    max_bad_fraction: float = 0.01  # share of records that may be skipped before it is an error all the same
     max_samples: int | None = None  # stop once so many are kept; None = read everything
-
-    @property
-    def paths(self) -> list[Path]:
-        """The files of input."""
-        return [Path(name.strip()) for name in self.input.split(",") if name.strip()]
+    workers: int | None = None  # processes; None = one per processor; the output is the same for any number
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """(setting, what is wrong with it) for every value that cannot be used."""
         if not 0 <= self.val_fraction < 1:
             yield "val_fraction", f"val_fraction must be at least 0 and below 1, not {self.val_fraction}"
+        if not 0 <= self.max_bad_fraction <= 1:
+            yield "max_bad_fraction", f"max_bad_fraction must be from 0 to 1, not {self.max_bad_fraction}"
         if self.block_size < 2:
             yield "block_size", f"block_size must be at least 2, not {self.block_size}"
-        if self.max_samples is not None and self.max_samples < 1:
-            yield "max_samples", f"max_samples must be at least 1 or None, not {self.max_samples}"
-        try:
-            text_of(self.system_prompt or "", "system_prompt")
-        except BadRecord as error:
-            yield "system_prompt", str(error)
+        if not -(2**63) <= self.seed < 2**63:
+            yield "seed", f"seed must be from -2**63 to 2**63 - 1, not {self.seed}"
+        for name, count in (("max_samples", self.max_samples), ("workers", self.workers)):
+            if count is not None and count < 1:
+                yield name, f"{name} must be at least 1 or None, not {count}"
+        for name, look in (("system_prompt", self.look_at_system_prompt), ("fields", self.read_options)):
+            try:
+                look()
+            except (BadRecord, UserError) as error:
+                yield name, str(error)
         if not self.out_dir.strip():
             yield "out_dir", "out_dir is empty; the current folder is '.'"
         if not self.tokenizer.strip():
             yield "tokenizer", "tokenizer is empty; the current folder is '.'"
         elif not os.path.exists(self.tokenizer):
             yield "tokenizer", f"tokenizer {self.tokenizer!r} does not exist"
-        if not self.paths:
-            yield "input", "input names no file"
-        for path in self.paths:
-            if reason := why_unreadable(path):
-                yield "input", f"input {str(path)!r} cannot be read: {reason}"
+        yield from (("input", problem) for problem in find_sources(self.input).problems)
 
+    def look_at_system_prompt(self) -> None:
+        text_of(self.system_prompt or "", "system_prompt")
 
-class Ledger:
-    """What became of every conversation and of every rendered token: kept, cut and dropped add up to all of them."""
-
-    def __init__(self) -> None:
-        names = ("read", "kept", *DROPPED, "shortened", "spell_control")  # the last two are properties, not fates
-        self.conversations = Counter(dict.fromkeys(names, 0))
-        self.tokens = Counter(dict.fromkeys(("rendered", "kept", "cut", *DROPPED), 0))
-        self.splits = {split: Counter(dict.fromkeys(("samples", "tokens", "trained_tokens"), 0)) for split in SPLITS}
-
-    def enter(self, sample: Sample, *, spells_control: bool) -> None:
-        self.conversations.update(read=1, spell_control=spells_control)
-        self.tokens["rendered"] += len(sample.input_ids)
-
-    def drop(self, sample: Sample, reason: str) -> None:
-        self.conversations[reason] += 1
-        self.tokens[reason] += len(sample.input_ids)
-
-    def keep(self, fitted: Sample, split: str, *, removed: int) -> None:
-        """Count what is kept of a sample, and how many of its tokens were removed."""
-        self.conversations.update(kept=1, shortened=removed > 0)
-        self.tokens.update(kept=len(fitted.input_ids), cut=removed)
-        trained = len(fitted.labels) - fitted.labels.count(NOT_TRAINED)
-        self.splits[split].update(samples=1, tokens=len(fitted.input_ids), trained_tokens=trained)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "conversations": dict(self.conversations),
-            "tokens": dict(self.tokens),
-            "splits": {split: dict(counts) for split, counts in self.splits.items()},
-        }
+    def read_options(self) -> ReadOptions:
+        return ReadOptions(self.format, parse_fields(self.fields), self.group_by)
 
 
 def main(argv: list[str]) -> None:
-    started = time.perf_counter()
-    resolved = load_settings(PrepareSettings, argv, elsewhere=elsewhere.PREPARE)
-    settings = resolved.settings
-    tokenizer = load_tokenizer(settings.tokenizer)
-    refuse_other_tokenizer(Path(settings.out_dir), tokenizer)
-    refuse_to_lose([*settings.paths, *tokenizer.files.values()], Path(settings.out_dir))
+    phases = Phases()
+    with phases.phase("start-up"):
+        resolved = load_settings(PrepareSettings, argv, elsewhere=elsewhere.PREPARE)
+        settings, out_dir = resolved.settings, Path(resolved.settings.out_dir)
+        tokenizer = load_tokenizer(settings.tokenizer)
+        sources = find_sources(settings.input).sources
+        refuse_other_tokenizer(out_dir, tokenizer, settings.template)
+        refuse_to_lose([*(source.path for source in sources), *tokenizer.files.values()], out_dir)
     try:
-        with PreparedWriter(settings.out_dir) as writer:
-            preparation = Preparation(tokenizer, settings, writer)
-            preparation.run()
-            tokenizer.copy_to(settings.out_dir)
-            meta = writer.finish(facts(resolved, preparation))
+        with PreparedWriter(out_dir) as writer, spool_standard_input(sources, out_dir / SPOOL) as sources:
+            recipe = recipe_of(settings, tokenizer, sources)
+            with Workers(recipe, settings.workers or default_workers()) as workers:
+                meta = prepare(resolved, recipe, writer, workers, phases)
     except OSError as error:
-        where = error.filename or settings.out_dir
+        where = error.filename or out_dir
         raise UserError(f"{where}: {error.strerror or error}; nothing was prepared", exit_status=EXIT_FAILED) from error
-    print(summary(settings.out_dir, meta, seconds=time.perf_counter() - started))
+    print(summary(settings.out_dir, meta))
+    print(phases)
 
 
-def why_unreadable(path: Path) -> str | None:
-    """What the operating system says against reading a file; None where it can be read."""
-    try:
-        with open(path, "rb"):
-            return None
-    except OSError as error:
-        return (error.strerror or str(error)).lower()
+def recipe_of(settings: PrepareSettings, tokenizer: Tokenizer, sources: Sequence[Source]) -> Recipe:
+    return Recipe(
+        sources=sources,
+        tokenizer=tokenizer,
+        options=settings.read_options(),
+        template=settings.template,
+        train_on=settings.train_on,
+        block_size=settings.block_size,
+        too_long=settings.too_long,
+        system_prompt=settings.system_prompt,
+        seed=settings.seed,
+        val_fraction=settings.val_fraction,
+    )
 
 
-def refuse_other_tokenizer(out_dir: Path, tokenizer: Tokenizer) -> None:
+def prepare(
+    resolved: Resolved[PrepareSettings], recipe: Recipe, writer: PreparedWriter, workers: Workers, phases: Phases
+) -> dict[str, Any]:
+    """Search for leaks, render and write, audit what was written; the whole meta.json."""
+    settings = resolved.settings
+    bad_records = BadRecords(settings.bad_records, settings.max_bad_fraction)
+    leaks: dict[tuple[int, int], Leak] = {}
+    if settings.near_duplicates or settings.group_by is not None:
+        with phases.phase("comparing"):
+            leaks = find_leaks(lambda: with_split(recipe), near=settings.near_duplicates)
+    joining = Joining(recipe, writer, bad_records=bad_records, leaked=leaks, max_samples=settings.max_samples)
+    with phases.phase("preparing"), progress(recipe, "preparing") as advance:
+        for rendered in workers.map(render_chunk, chunks(recipe.sources, advance)):
+            joining.take(rendered)
+            if joining.is_full:
+                break
+        joining.complain()
+        writer.close()
+    with phases.phase("audit"), progress(recipe, "auditing") as advance:
+        audit = audited(recipe, writer.folder, workers, joining, advance)
+    with phases.phase("closing"):
+        copy_tokenizer(recipe, writer.folder)
+        return writer.finish(facts(resolved, recipe, joining, leaks=leaks, audit=audit))
+
+
+def with_split(recipe: Recipe) -> Iterator[tuple[Conversation, bool]]:
+    """Every conversation that can be read, and whether it falls to validation."""
+    for chunk in chunks(recipe.sources):
+        for raw in chunk.records:
+            try:
+                conversation = recipe.read(raw, chunk.source)
+            except BadRecord:
+                continue
+            yield conversation, recipe.is_validation(conversation, content_digest(conversation))
+
+
+def audited(
+    recipe: Recipe, folder: Path, workers: Workers, joining: Joining, advance: Callable[[int], object]
+) -> dict[str, Any]:
+    """What the audit counted. UserError where anything written is not what was meant."""
+    counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
+    problems: list[str] = []
+    for findings in workers.map(audit_chunk, with_written(chunks(recipe.sources, advance), folder, SPLITS)):
+        counts.update(findings.counts)
+        problems += findings.problems
+        if len(problems) >= BadRecords.FIRST or counts["samples"] == joining.kept:
+            break
+    told = {
+        name: sum(split[name] for split in joining.ledger.splits.values()) for name in joining.ledger.splits["train"]
+    }
+    problems += [
+        f"{name}: written {told[name]:,}, found {counts[name]:,}" for name in told if told[name] != counts[name]
+    ]
+    if problems:
+        headline = "the audit did not pass, nothing was prepared; if no input has changed meanwhile, this is a defect:"
+        raise listed(headline, problems[: BadRecords.FIRST])
+    return {"passed": True, **counts}
+
+
+class Phases:
+    """How long each phase took, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def __str__(self) -> str:
+        return "phases  " + "  ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
+
+
+@contextmanager
+def progress(recipe: Recipe, what: str) -> Iterator[Callable[[int], object]]:
+    """A bar over the bytes of all sources, on a terminal."""
+    size = sum(source.path.stat().st_size for source in recipe.sources)
+    with tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=None) as bar:
+        yield bar.update
+
+
+def tokenizer_files(tokenizer: Tokenizer, template: TemplateName) -> dict[str, Path]:
+    """What a folder gets, by name, so that others find the tokenizer and the template in it."""
+    return {**tokenizer.files, JINJA_NAME: jinja_file(template)}
+
+
+def refuse_other_tokenizer(out_dir: Path, tokenizer: Tokenizer, template: TemplateName) -> None:
     """UserError where out_dir holds files of a tokenizer that are not this one's and that no earlier run put there.
 
     Those under other names count too: load_tokenizer(out_dir) might find them.
     """
     earlier = earlier_meta(out_dir).get("tokenizer_files", [])
-    ours = {out_dir / name: file for name, file in tokenizer.files.items()}
+    ours = {out_dir / name: file for name, file in tokenizer_files(tokenizer, template).items()}
     found = {path for path in [out_dir / "tokenizer.json", *out_dir.glob("*.tiktoken"), *ours] if path.exists()}
     fine = {
         path for path in found & ours.keys() if path.name in earlier or filecmp.cmp(path, ours[path], shallow=False)
@@ -157,149 +237,127 @@ def refuse_other_tokenizer(out_dir: Path, tokenizer: Tokenizer) -> None:
 
 def refuse_to_lose(paths: Sequence[Path], out_dir: Path) -> None:
     """UserError where one of the files that are read would be replaced by what is written."""
-    replaced = [path for path in replaced_files(out_dir) if path.exists()]
+    replaced = [path for path in [*replaced_files(out_dir), out_dir / SPOOL] if path.exists()]
     for path in paths:
-        if any(path.samefile(target) for target in replaced):
+        if path.exists() and any(path.samefile(target) for target in replaced):
             raise UserError(f"{path}: would be lost, since out_dir gets a file of that name; choose another out_dir")
 
 
-class Preparation:
-    """One pass over the conversations: read, render, fit, write."""
-
-    def __init__(self, tokenizer: Tokenizer, settings: PrepareSettings, writer: PreparedWriter):
-        self.paths, self.tokenizer, self.settings, self.writer = settings.paths, tokenizer, settings, writer
-        self.ledger, self.problems = Ledger(), Problems()
-        self.records = [0] * len(self.paths)  # of each file
-
-    def run(self) -> None:
-        size = sum(path.stat().st_size for path in self.paths)
-        with tqdm(total=size, unit="B", unit_scale=True, desc="preparing", disable=None) as bar:
-            conversations = self.read_all(bar.update)
-            while batch := next_batch(conversations, self.wanted()):
-                if self.problems.found and self.settings.too_long != "error":
-                    continue  # nothing will be written: look for more problems, at the speed of reading
-                self.enter_batch(batch)
-        self.problems.complain()
-        if self.ledger.splits["train"]["samples"] == 0:
-            counts = ", ".join(f"{name} {count:,}" for name, count in self.ledger.conversations.items())
-            raise UserError(f"{self.settings.input}: nothing is left to train on; conversations: {counts}")
-
-    def read_all(self, advance: Callable[[int], object]) -> Iterator[Conversation]:
-        for source, path in enumerate(self.paths):
-            yield from read_conversations(path, source, problems=self.problems, advance=advance)
-
-    def wanted(self) -> int:
-        """How many conversations may be read before max_samples could be reached."""
-        if self.settings.max_samples is None:
-            return BATCH_CONVERSATIONS
-        return min(BATCH_CONVERSATIONS, self.settings.max_samples - self.ledger.conversations["kept"])
-
-    def enter_batch(self, batch: list[Conversation]) -> None:
-        to_render = [with_system_prompt(conversation, self.settings.system_prompt) for conversation in batch]
-        samples = render_batch(to_render, self.tokenizer)
-        for conversation, rendered, sample in zip(batch, to_render, samples, strict=True):
-            self.records[conversation.source] += 1
-            self.ledger.enter(sample, spells_control=any(map(self.tokenizer.spells_control, contents(rendered))))
-            fitted = self.fit(conversation, sample)
-            if fitted is None:
-                self.ledger.drop(sample, "too_long")
-            elif not any(label != NOT_TRAINED for label in fitted.labels):
-                self.ledger.drop(sample, "no_trained_tokens")
-            else:
-                self.keep(conversation, sample, fitted)
-
-    def fit(self, conversation: Conversation, sample: Sample) -> Sample | None:
-        """The sample, or what is left of it, in block_size tokens; None where it is dropped."""
-        length, block_size = len(sample.input_ids), self.settings.block_size
-        if length <= block_size:
-            return sample
-        if self.settings.too_long == "error":
-            self.problems.add(
-                f"{self.paths[conversation.source]}:{conversation.line}: {length:,} tokens, block_size is "
-                f"{block_size:,}; raise it, or --too_long=drop or cut"
-            )
-        return cut(sample, block_size) if self.settings.too_long == "cut" else None
-
-    def keep(self, conversation: Conversation, sample: Sample, fitted: Sample) -> None:
-        settings = self.settings
-        split = "val" if is_validation(conversation, seed=settings.seed, fraction=settings.val_fraction) else "train"
-        self.ledger.keep(fitted, split, removed=len(sample.input_ids) - len(fitted.input_ids))
-        self.writer.add(split, fitted.input_ids, fitted.labels, (conversation.source, conversation.record, -1))
+def copy_tokenizer(recipe: Recipe, out_dir: Path) -> None:
+    recipe.tokenizer.copy_to(out_dir)
+    shutil.copyfile(jinja_file(recipe.template), out_dir / JINJA_NAME)
 
 
-def next_batch(conversations: Iterator[Conversation], count: int) -> list[Conversation]:
-    batch: list[Conversation] = []
-    characters = 0
-    while len(batch) < count and characters < BATCH_CHARACTERS:
-        conversation = next(conversations, None)
-        if conversation is None:
-            break
-        batch.append(conversation)
-        characters += sum(map(len, contents(conversation)))
-    return batch
-
-
-def contents(conversation: Conversation) -> list[str]:
-    return [message.content for message in conversation.messages] + [conversation.text or ""]
-
-
-def with_system_prompt(conversation: Conversation, prompt: str | None) -> Conversation:
-    has_one = any(message.role == "system" for message in conversation.messages)
-    if prompt is None or conversation.text is not None or has_one:
-        return conversation
-    return dataclasses.replace(conversation, messages=(Message("system", prompt), *conversation.messages))
-
-
-def is_validation(conversation: Conversation, *, seed: int, fraction: float) -> bool:
-    """A function of seed and content alone, so that copies of a conversation are never in both splits."""
-    content = json.dumps([seed, conversation.text, conversation.messages])
-    digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def facts(resolved: Resolved[PrepareSettings], done: Preparation) -> dict[str, Any]:
+def facts(
+    resolved: Resolved[PrepareSettings],
+    recipe: Recipe,
+    joining: Joining,
+    *,
+    leaks: Mapping[tuple[int, int], Leak],
+    audit: Mapping[str, Any],
+) -> dict[str, Any]:
     """What meta.json says beside what follows from the arrays."""
-    tokenizer = done.tokenizer
+    tokenizer, ledger = recipe.tokenizer, joining.ledger
+    # workers changes nothing that is written, and must not be what makes two folders differ
+    settings = {name: value for name, value in to_dict(resolved.settings).items() if name != "workers"}
     return {
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "tokenizer_files": list(tokenizer.files),
+        "tokenizer_files": list(tokenizer_files(tokenizer, recipe.template)),
         "vocab_size": tokenizer.vocab_size,
         "im_start_id": tokenizer.im_start,
         "im_end_id": tokenizer.im_end,
         "pad_id": tokenizer.pad,
-        "template": resolved.settings.template,
-        "block_size": resolved.settings.block_size,
-        "settings": to_dict(resolved.settings),
-        "settings_origins": resolved.origins,
+        "template": recipe.template,
+        "block_size": recipe.block_size,
+        "settings": settings,
+        "settings_origins": {name: resolved.origins[name] for name in settings},
         "sources": [
-            {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256_of(path), "records": count}
-            for path, count in zip(done.paths, done.records, strict=True)
+            {
+                "path": source.name,
+                "bytes": source.path.stat().st_size,
+                "sha256": sha256_of(source.path),
+                "weight": source.weight,
+                **counts,
+            }
+            for source, counts in zip(recipe.sources, ledger.sources, strict=True)
         ],
-        "ledger": done.ledger.to_dict(),
+        "ledger": ledger.to_dict(),
+        "noticed": joining.noticed,
+        "bad_records": joining.bad_records.first,
+        "leaks": told_leaks(recipe, leaks),
+        "audit": audit,
     }
 
 
-def summary(out_dir: str, meta: Mapping[str, Any], *, seconds: float) -> str:
+def told_leaks(recipe: Recipe, leaks: Mapping[tuple[int, int], Leak]) -> dict[str, Any]:
+    """How many validation conversations are in training too, and where the first ones are."""
+
+    def place(source: int, record: int) -> str:
+        return f"{recipe.sources[source].name}, record {record}"
+
+    first = [
+        {"validation": place(*found), "training": place(*leak.place), "similarity": round(leak.similarity, 3)}
+        for found, leak in islice(leaks.items(), BadRecords.FIRST)
+    ]
+    return {"conversations": len(leaks), "exact": sum(leak.exact for leak in leaks.values()), "first": first}
+
+
+def summary(out_dir: str, meta: Mapping[str, Any]) -> str:
+    """The ledger and what else is worth knowing, for people."""
     ledger, lengths = meta["ledger"], meta["lengths"]["all"]
     conversations, tokens, splits = ledger["conversations"], ledger["tokens"], ledger["splits"]
-    trained = sum(counts["trained_tokens"] for counts in splits.values())
-    dropped = sum(conversations[reason] for reason in DROPPED)
-    reasons = ", ".join(f"{name} {conversations[reason]:,}" for reason, name in DROPPED.items())
+    total = tokens["total"]
+    parts = {"trained": tokens["trained"]}
+    parts |= {f"masked, {role}": count for role, count in tokens["masked"].items()}
+    parts |= {"template": tokens["template"], "repeated history": tokens["repeated_history"], "cut": tokens["cut"]}
+    parts |= {f"dropped, {reason.replace('_', ' ')}": count for reason, count in tokens["dropped"].items()}
+    dropped = ", ".join(f"{reason.replace('_', ' ')} {conversations[reason]:,}" for reason in DROPPED)
     lines = [
-        f"prepared {out_dir} in {seconds:.1f} s: {conversations['read']:,} conversations, "
-        f"{tokens['rendered']:,} tokens rendered",
-        f"  kept     {conversations['kept']:>12,}  train {splits['train']['samples']:,}, "
-        f"val {splits['val']['samples']:,}; {conversations['shortened']:,} of them cut to fit",
-        f"  dropped  {dropped:>12,}  {reasons}",
-        f"  tokens   {tokens['kept']:>12,}  trained {trained:,} ({trained / tokens['kept']:.1%})",
+        f"prepared {out_dir}: {conversations['read']:,} conversations, kept {conversations['kept']:,}",
+        f"  dropped  {dropped}",
+        f"  samples  train {splits['train']['samples']:,}, val {splits['val']['samples']:,}; "
+        f"{conversations['shortened']:,} conversations cut to fit, {conversations['expanded']:,} in several samples",
         f"  lengths  min {lengths['min']:,}  median {lengths['median']:,.0f}  mean {lengths['mean']:,.1f}  "
         f"p95 {lengths['p95']:,.0f}  max {lengths['max']:,} tokens",
-        f"  control tokens spelled in the content of {conversations['spell_control']:,} conversations; "
-        "kept as ordinary text",
+        "  tokens",
+        *(f"    {name:<28} {count:>15,}  {count / total:6.1%}" for name, count in parts.items() if count),
+        f"    {'total':<28} {total:>15,}",
     ]
+    for name, found in meta["noticed"].items():
+        more = " ..." if found["conversations"] > len(found["first"]) else ""
+        lines.append(f"  {NOTICED[name]}: {found['conversations']:,} conversations ({', '.join(found['first'])}{more})")
+    if meta["leaks"]["conversations"]:
+        lines.append(
+            f"  validation conversations dropped for being in training: {meta['leaks']['conversations']:,}, the first:"
+        )
+        lines += [
+            f"    {leak['validation']} is {leak['similarity']:.0%} that of {leak['training']}"
+            for leak in meta["leaks"]["first"]
+        ]
+    if bad := ledger["records"]["bad"]:
+        lines.append(f"  skipped {bad:,} bad records ({ledger['records']['bad_bytes']:,} bytes), the first:")
+        lines += [f"    {problem}" for problem in meta["bad_records"]]
     if meta["settings"]["val_fraction"] > 0 and splits["val"]["samples"] == 0:
         lines.append("  no conversation fell to validation; raise val_fraction to have some")
+    audit = meta["audit"]
+    lines.append(
+        f"  audit    passed: {audit['samples']:,} samples read again, {audit['trained_turns']:,} trained turns are "
+        f"their answers, {audit['normalised_turns']:,} of them after the tokenizer's normalisation"
+    )
     return "\n".join(lines)
+
+
+NOTICED = {
+    "spells_control": "control tokens spelled in content, kept as ordinary text",
+    "empty_turn": "turns without content",
+    "user_turns_in_a_row": "two user turns in a row",
+    "assistant_first": "an assistant turn first",
+    "user_last": "a user turn last, which nothing answers",
+    "nul": "NUL characters",
+    "byte_order_mark": "a byte order mark at the beginning of the file",
+    "reasoning_not_in_template": "reasoning left out, for which --template=chatml has no place (qwen3 has)",
+    "changed_by_template": "text that the template qwen3 leaves out of an answer",
+}
 
 
 if __name__ == "__main__":

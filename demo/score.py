@@ -117,7 +117,7 @@ def say(model: ConfigurableGPT, tokenizer: Tokenizer, prompts: Sequence[Sequence
 @torch.inference_mode()
 def loss_of(model: ConfigurableGPT, tokenizer: Tokenizer, exchange: Exchange) -> tuple[float, int]:
     """(sum of token losses, number of trained tokens) of one conversation, computed in the plainest way."""
-    sample = render(Conversation(tuple(messages(exchange))), tokenizer)
+    (sample,) = render(Conversation(tuple(messages(exchange))), tokenizer)
     logits, labels = model(torch.tensor([sample.input_ids]))[0, :-1], torch.tensor(sample.labels[1:])
     loss_sum = F.cross_entropy(logits, labels, ignore_index=NOT_TRAINED, reduction="sum")
     return loss_sum.item(), int((labels != NOT_TRAINED).sum())

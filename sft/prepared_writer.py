@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from sft.arrays import (
     FORMAT_VERSION,
     SPLITS,
     WRITTEN,
+    ArrayReader,
     file_name,
     partial_of,
     replaced_files,
@@ -91,7 +92,7 @@ class PreparedWriter:
     def add(self, split: str, input_ids: Sequence[int], labels: Sequence[int], origin: tuple[int, int, int]) -> None:
         """Append a sample: its unshifted labels, its origin (source, record, turn)."""
         targets = np.asarray(labels, np.int32)
-        count = np.count_nonzero(targets[1:] != NOT_TRAINED)
+        count = int(np.count_nonzero(targets[1:] != NOT_TRAINED))
         ids = np.asarray(input_ids, np.int32)
         self.add_samples(split, ids, targets, lengths=[len(targets)], targets=[count], origins=[origin])
 
@@ -130,8 +131,9 @@ class PreparedWriter:
         )
         labels = self.arrays[split, "labels"]
         labels.file.flush()
-        for block in read_blocks(labels.partial, labels.length):
-            array.append(block != NOT_TRAINED)
+        with ArrayReader(labels.partial) as reader:
+            while len(block := reader.take(1 << 20)):
+                array.append(block != NOT_TRAINED)
 
     def close(self) -> None:
         """Complete the arrays and give them their names."""
@@ -195,15 +197,6 @@ def write_prepared(
                 writer.add(split, input_ids, labels, (0, record, -1))
         writer.close()
         return writer.finish(facts)
-
-
-def read_blocks(path: Path, length: int, size: int = 1 << 20) -> Iterator[NDArray[np.generic]]:
-    """The first `length` values of a .npy file, `size` at a time: without mapping the file into memory."""
-    with open(path, "rb") as file:
-        assert np.lib.format.read_magic(file) == (1, 0)
-        _, _, dtype = np.lib.format.read_array_header_1_0(file)
-        for start in range(0, length, size):
-            yield np.fromfile(file, dtype, min(size, length - start))
 
 
 def into_place(file: Any, partial: Path, path: Path) -> None:

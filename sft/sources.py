@@ -333,8 +333,10 @@ def parquet_rows(source: Source, total: int) -> Iterator[Piece]:
         for batch in file.iter_batches(PARQUET_ROWS, use_threads=False):
             for value in row_values(batch):
                 row += 1
-                before, reached = reached, total * row // count
+                before, reached = reached, total * min(row, count) // max(count, 1)
                 yield row, value, reached - before, reached
+        if row != count:
+            raise pyarrow.ArrowInvalid(f"{count:,} rows promised, {row:,} found")
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

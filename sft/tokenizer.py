@@ -1,4 +1,4 @@
-"""Byte-level vocabularies with ChatML's control tokens, from tokenizer.json (tokenizers) or *.tiktoken (tiktoken).
+"""Byte-level vocabularies with ChatML's control tokens, from tokenizer.json or *.tiktoken.
 
 Control tokens are the added tokens with special: true. Text never yields one, whatever it spells: `encode` takes them
 for ordinary text, while other added tokens (`<think>`, `<tool_call>`) match as usual.
@@ -9,21 +9,28 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
-import tiktoken
 import tokenizers
 
+from sft.byte_pair import (
+    QWEN3_PATTERN,
+    Backend,
+    Encoder,
+    LibraryEncoder,
+    TiktokenEncoder,
+    byte_of_character,
+    tiktoken_encoder,
+)
 from sft.errors import UserError
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-
-EncodeBatch = Callable[[Sequence[str]], list[list[int]]]
 
 # Qwen3 publishes *.tiktoken without the tokens that follow it: these, in this order.
 QWEN3_BASE_SIZE = 151_643
@@ -36,10 +43,6 @@ QWEN3_OTHER = [
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
     *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
 ]
-QWEN3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 class Tokenizer:
@@ -47,14 +50,16 @@ class Tokenizer:
 
     def __init__(
         self,
-        encode_batch: EncodeBatch,
+        encoder: Encoder,
         *,
         token_bytes: Mapping[int, bytes],
         control: Mapping[str, int],
         files: Mapping[str, Path],
     ):
         """`token_bytes` covers every id, added tokens included; `files` is what a folder needs, by name, to hold it."""
-        self.encode_batch = encode_batch
+        self.encoder = encoder
+        self.backend: Backend = encoder.name  # the library that does the work
+        self.encode, self.encode_batch = encoder.encode, encoder.encode_batch
         self.token_bytes = dict(token_bytes)
         self.control = dict(control)
         self.files = dict(files)
@@ -80,8 +85,13 @@ class Tokenizer:
                 "only byte-level BPE vocabularies with all 256 bytes (Qwen, Llama 3, GPT-2) can be used"
             )
 
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
+    def __reduce__(self) -> tuple[Callable[[Path], Tokenizer], tuple[Path]]:
+        return load_tokenizer, (self.path,)  # a process that is started anew reads the file
+
+    def normalize(self, text: str) -> str:
+        """What decode(encode(text)) gives: NFC between the added tokens that match, or the text itself."""
+        normalized = self.encoder.normalize(text)
+        return self.decode(self.encode(text)) if normalized is None else normalized
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """The text; bytes that are not UTF-8 and ids that are not in the vocabulary become U+FFFD."""
@@ -131,7 +141,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def json_tokenizer(path: Path) -> Tokenizer:
     try:
-        library = tokenizers.Tokenizer.from_file(str(path))
+        text = path.read_bytes().decode()
+        library, content = tokenizers.Tokenizer.from_str(text), json.loads(text)
     except Exception as error:  # the library raises nothing more particular
         raise UserError(f"{path}: not a tokenizer.json: {error}") from error
     library.encode_special_tokens = True  # special: true tokens are ordinary text
@@ -139,10 +150,6 @@ def json_tokenizer(path: Path) -> Tokenizer:
     library.no_truncation()
     if hasattr(library.model, "dropout"):
         library.model.dropout = None  # a regulariser that would make ids random
-
-    def encode_batch(texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in library.encode_batch_fast(list(texts), add_special_tokens=False)]
-
     added = library.get_added_tokens_decoder()
     byte_of = byte_of_character()
     token_bytes = {i: token_to_bytes(token, byte_of) for token, i in library.get_vocab().items()}
@@ -152,7 +159,7 @@ def json_tokenizer(path: Path) -> Tokenizer:
     if path.name == "tokenizer.json" and config.exists():  # beside a file of another name it may be another's
         files[config.name] = config
     return Tokenizer(
-        encode_batch,
+        tiktoken_encoder(content, library) or LibraryEncoder(library),
         token_bytes=token_bytes,
         control={token.content: i for i, token in sorted(added.items()) if token.special},
         files=files,
@@ -168,30 +175,11 @@ def tiktoken_tokenizer(path: Path) -> Tokenizer:
         )
     added = {token: QWEN3_BASE_SIZE + i for i, token in enumerate(QWEN3_CONTROL + QWEN3_OTHER)}
     return Tokenizer(
-        tiktoken_encoder(ranks, {token: added[token] for token in QWEN3_OTHER}, QWEN3_PATTERN),
+        TiktokenEncoder(ranks, {token: added[token] for token in QWEN3_OTHER}, pattern=QWEN3_PATTERN, nfc=True),
         token_bytes={i: token for token, i in ranks.items()} | {i: token.encode() for token, i in added.items()},
         control={token: added[token] for token in QWEN3_CONTROL},
         files={path.name: path},
     )
-
-
-def tiktoken_encoder(ranks: dict[bytes, int], matched: Mapping[str, int], pattern: str) -> EncodeBatch:
-    """Encoding with tiktoken as tokenizers does it: added tokens are matched first, then each stretch between them is
-    normalised (NFC, from the same tables) and encoded."""
-    encoding = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    nfc = tokenizers.normalizers.NFC()
-    added = re.compile(f"({'|'.join(map(re.escape, matched))})")
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = []
-        for i, part in enumerate(added.split(text)):
-            if i % 2:  # what the parentheses of the pattern caught
-                ids.append(matched[part])
-            elif part:
-                ids += encoding.encode_ordinary(part if part.isascii() else nfc.normalize_str(part))
-        return ids
-
-    return lambda texts: [encode(text) for text in texts]
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -205,13 +193,6 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         except (ValueError, binascii.Error) as error:
             raise UserError(f"{path}:{number}: 'base64-of-a-token rank' expected; is this a *.tiktoken?") from error
     return ranks
-
-
-def byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes for U+0100 and up."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def token_to_bytes(token: str, byte_of: Mapping[str, int]) -> bytes:

@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     tokenizer = load_tokenizer(save_tiny_tokenizer(folder))
     turns = [("user", "hi"), ("assistant", FIRST), ("user", "go"), ("assistant", SECOND)]
-    sample = render(Conversation(tuple(Message(role, content) for role, content in turns)), tokenizer)
+    (sample,) = render(Conversation(tuple(Message(role, content) for role, content in turns)), tokenizer)
     ids, labels = torch.tensor([sample.input_ids]), torch.tensor([sample.labels])
     model = tiny_model(vocab_size=tokenizer.vocab_size, block_size=128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

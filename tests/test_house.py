@@ -23,19 +23,20 @@ TOP_LEVEL = {*PROGRAMS, *MODEL, "tools", "demo", "bench", "tests"}
 
 # The lowest layer works without torch; the highest is given a model object. All other files of sft/ are in between.
 LOWEST = {
+    *("errors", "config", "settings_help", "settings_types", "elsewhere", "run_log"),
     *(
-        "errors",
-        "config",
-        "settings_help",
-        "settings_types",
         "conversation",
+        "sources",
+        "json_records",
+        "messages",
         "records",
         "tokenizer",
+        "byte_pair",
+        "templates",
         "chatml",
-        "packing",
-        "arrays",
     ),
-    *("elsewhere", "run_log"),
+    *("duplicates", "workers", "preparation", "tally", "joining", "audit", "ledger", "packing", "arrays"),
+    *("prepared_writer", "data_summary", "sample_view", "sample_choice", "page"),
 }
 HIGHEST = {"step", "evaluation", "generate", "journal", "run"}
 LIBRARIES_OF_THE_LOWEST = {"numpy", "tokenizers", "tiktoken", "tqdm", "pyarrow", "datasketch"}

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import prepare_sft
-from prepare_sft import is_validation, with_system_prompt
+from sft import preparation
 from sft.arrays import open_prepared, verify_checksums
 from sft.conversation import Conversation, Message
+from sft.duplicates import content_digest
 from sft.errors import UserError
 from sft.tokenizer import load_tokenizer
 from tests.conftest import ROOT
@@ -66,15 +67,17 @@ def test_every_conversation_is_in_one_split_and_the_ledger_adds_up(prepare, toke
 
 def check_ledger(data):
     ledger = data.meta["ledger"]
-    conversations, tokens, splits = ledger["conversations"], ledger["tokens"], ledger["splits"]
-    dropped = ("too_long", "no_trained_tokens")
-    assert conversations["read"] == conversations["kept"] + sum(conversations[reason] for reason in dropped)
-    assert tokens["rendered"] == tokens["kept"] + tokens["cut"] + sum(tokens[reason] for reason in dropped)
+    tokens, conversations, splits = ledger["tokens"], ledger["conversations"], ledger["splits"]
+    kept = tokens["trained"] + sum(tokens["masked"].values()) + tokens["template"] + tokens["repeated_history"]
+    assert tokens["total"] == kept + tokens["cut"] + sum(tokens["dropped"].values())
+    assert conversations["read"] == conversations["kept"] + sum(conversations[reason] for reason in tokens["dropped"])
+    assert kept == sum(counts["tokens"] for counts in splits.values())
     for split, samples in data.splits.items():
         assert splits[split]["samples"] == len(samples)
         assert splits[split]["tokens"] == len(samples.input_ids)
-        assert splits[split]["trained_tokens"] == samples.targets.sum() == np.count_nonzero(samples.labels != -100)
-    assert tokens["kept"] == sum(counts["tokens"] for counts in splits.values())
+        assert splits[split]["trained_tokens"] == np.count_nonzero(samples.labels != -100)
+        weights = 1 if samples.weights is None else samples.weights
+        assert samples.targets.sum() == pytest.approx(np.sum((samples.labels != -100) * weights, dtype=np.float64))
 
 
 def test_the_same_input_gives_the_same_bytes_and_valid_checksums(prepare, tmp_path):
@@ -87,18 +90,24 @@ def test_the_same_input_gives_the_same_bytes_and_valid_checksums(prepare, tmp_pa
     assert content() == first
 
 
-def test_the_size_of_batches_does_not_change_the_bytes(prepare, tmp_path, monkeypatch):
+def test_the_size_of_chunks_does_not_change_the_bytes(prepare, tmp_path, monkeypatch):
     whole = prepare(MANY, out="a").fingerprint
-    monkeypatch.setattr(prepare_sft, "BATCH_CONVERSATIONS", 7)
-    monkeypatch.setattr(prepare_sft, "BATCH_CHARACTERS", 90)
+    monkeypatch.setattr(preparation, "CHUNK_RECORDS", 7)
+    monkeypatch.setattr(preparation, "CHUNK_BYTES", 90)
     assert prepare(MANY, out="b").fingerprint == whole
 
 
-def test_the_split_is_a_function_of_seed_and_content():
+def recipe(tokenizer_file, **changes):
+    settings = {"input": tokenizer_file, "tokenizer": tokenizer_file, "out_dir": "x", **changes}
+    return prepare_sft.recipe_of(prepare_sft.PrepareSettings(**settings), load_tokenizer(tokenizer_file), [])
+
+
+def test_the_split_is_a_function_of_seed_and_content(tokenizer_file):
     conversations = [Conversation((Message("user", f"{i}"), Message("assistant", "a"))) for i in range(2000)]
 
     def chosen(seed, fraction, of=conversations):
-        return [is_validation(conversation, seed=seed, fraction=fraction) for conversation in of]
+        choice = recipe(tokenizer_file, seed=seed, val_fraction=fraction)
+        return [choice.is_validation(conversation, content_digest(conversation)) for conversation in of]
 
     assert 0.16 < np.mean(chosen(1, 0.2)) < 0.24
     assert chosen(1, 0.2) != chosen(2, 0.2)
@@ -109,9 +118,22 @@ def test_the_split_is_a_function_of_seed_and_content():
     assert all(later or not earlier for earlier, later in zip(chosen(1, 0.2), chosen(1, 0.4), strict=True))
 
 
-def test_copies_of_a_conversation_share_a_split(prepare, tokenizer_file):
-    data = prepare(MANY + MANY, val_fraction=0.3)
-    assert set(texts(data, "train", tokenizer_file)).isdisjoint(texts(data, "val", tokenizer_file))
+def test_conversations_of_a_group_share_a_split(prepare):
+    records = [{**exchange(f"What is {i}?", "cat"), "topic": f"topic {i // 6}"} for i in range(120)]
+    data = prepare(records, val_fraction=0.3, group_by="topic")
+    topics = [{(record - 1) // 6 for record in data.splits[split].origins[:, 1].tolist()} for split in ("train", "val")]
+    assert topics[0].isdisjoint(topics[1])
+    assert len(topics[0]) > 5
+    assert len(topics[1]) > 1
+
+
+def test_copies_of_a_conversation_are_dropped_and_counted(prepare, tokenizer_file):
+    data = prepare(MANY + MANY[:20], val_fraction=0.3)
+    found = texts(data, "train", tokenizer_file) + texts(data, "val", tokenizer_file)
+    assert len(found) == len(set(found)) == len(MANY)
+    assert data.meta["ledger"]["conversations"]["duplicate"] == 20
+    assert data.meta["ledger"]["tokens"]["dropped"]["duplicate"] > 0
+    check_ledger(data)
 
 
 LONG = {"messages": [{"role": role, "content": "the cat sat"} for role in ("user", "assistant") * 4]}
@@ -155,7 +177,7 @@ def test_a_sample_of_exactly_block_size_is_kept(prepare):
 
 def test_conversations_without_a_trained_token_are_dropped_and_counted(prepare):
     data = prepare([{"messages": [{"role": "user", "content": "hi"}]}, {"text": ""}, SHORT], val_fraction=0)
-    assert data.meta["ledger"]["conversations"]["no_trained_tokens"] == 2
+    assert data.meta["ledger"]["conversations"]["no_trained_token"] == 2
     check_ledger(data)
 
 
@@ -176,7 +198,6 @@ def test_a_system_prompt_goes_where_there_is_none(prepare, tokenizer_file):
     first, second, third = texts(data, "train", tokenizer_file)
     assert first.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhat<|im_end|>")
     assert "Be brief" not in second + third
-    assert with_system_prompt(Conversation((), "plain"), "Be brief.") == Conversation((), "plain")
 
 
 def test_a_system_prompt_leaves_the_split_as_it_was(prepare):
@@ -186,20 +207,24 @@ def test_a_system_prompt_leaves_the_split_as_it_was(prepare):
 
 
 def test_max_samples_counts_what_is_kept_in_order(prepare):
-    data = prepare([LONG, *MANY[:3], LONG, *MANY], val_fraction=0, max_samples=5, block_size=40)
+    data = prepare([LONG, *MANY[:3], LONG, *MANY[3:]], val_fraction=0, max_samples=5, block_size=40)
     assert data.splits["train"].origins[:, 1].tolist() == [2, 3, 4, 6, 7]
     check_ledger(data)
 
 
 def test_conversations_that_spell_control_tokens_are_counted(prepare, capsys):
     data = prepare([SHORT, exchange("say <|im_end|>", "no"), {"text": "<|endoftext|>"}], val_fraction=0)
-    assert data.meta["ledger"]["conversations"]["spell_control"] == 2
-    assert "content of 2 conversations" in capsys.readouterr().out
+    lines = [f"{data.meta['sources'][0]['path']}:{line}" for line in (2, 3)]
+    assert data.meta["noticed"]["spells_control"] == {"conversations": 2, "first": lines}
+    assert (
+        f"control tokens spelled in content, kept as ordinary text: 2 conversations ({lines[0]}, "
+        in capsys.readouterr().out
+    )
 
 
 def test_control_tokens_spelled_in_the_system_prompt_are_counted_where_it_is_used(prepare):
     data = prepare([SHORT, {"text": "plain"}], val_fraction=0, system_prompt="never say <|im_end|>")
-    assert data.meta["ledger"]["conversations"]["spell_control"] == 1
+    assert data.meta["noticed"]["spells_control"]["conversations"] == 1
 
 
 def test_several_files_keep_their_sources_and_records(prepare, tmp_path):
@@ -240,13 +265,21 @@ def test_the_meta_says_where_everything_came_from(prepare, tokenizer_file, tmp_p
     source = tmp_path / "input.jsonl"
     content = source.read_bytes()
     assert data.meta["sources"] == [
-        {"path": str(source), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "records": 1}
+        {
+            **{
+                "path": str(source),
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+                "weight": 1.0,
+            },
+            **{"records": 1, "conversations": 1, "samples": 1, "tokens": 15, "trained_tokens": 3},
+        }
     ]
     assert data.meta["template"] == "chatml"
     assert data.meta.keys() == {
         *("format", "format_version", "template", "block_size", "settings", "settings_origins", "sources", "ledger"),
         *("tokenizer_fingerprint", "tokenizer_files", "vocab_size", "im_start_id", "im_end_id", "pad_id", "max_id"),
-        *("lengths", "arrays"),
+        *("lengths", "arrays", "noticed", "bad_records", "leaks", "audit"),
     }
 
 
@@ -295,11 +328,11 @@ def test_an_input_that_bears_a_name_to_be_written_is_not_lost(prepare, tmp_path,
         ({"block_size": 1}, "command line: block_size must be at least 2"),
         ({"max_samples": 0}, "command line: max_samples must be at least 1"),
         ({"system_prompt": "\ud800"}, "command line: system_prompt holds half a character"),
-        ({"too_long": "truncate"}, "too_long must be 'drop' | 'cut' | 'error', not 'truncate'"),
+        ({"too_long": "truncate"}, "too_long must be 'drop' | 'cut' | 'split' | 'error', not 'truncate'"),
         ({"max_seq_length": 5}, "the longest sample is block_size"),
         ({"input": "", "tokenizer": " ", "out_dir": ""}, "out_dir is empty; the current folder is '.'"),
         ({"out_dir": "n" * 300}, "File name too long; choose another folder"),
-        ({"input": "."}, "command line: input '.' cannot be read: is a directory"),
+        ({"input": "/dev/null"}, "command line: input '/dev/null' cannot be read: not a regular file"),
         ({"input": ","}, "command line: input names no file"),
         ({"tokenizer": "n" * 300}, "nnn' does not exist"),
     ],
@@ -333,7 +366,7 @@ def test_a_disk_that_fills_up_is_a_failure_that_leaves_nothing(prepare, tmp_path
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sft.arrays.sha256_of", full)  # called once the arrays are complete
+    monkeypatch.setattr("sft.prepared_writer.sha256_of", full)  # called once the arrays are complete
     with pytest.raises(UserError, match="No space left on device; nothing was prepared") as caught:
         prepare([SHORT])
     assert caught.value.exit_status == 1

@@ -1,0 +1,279 @@
+"""A chunk of raw records -> the arrays of its samples and what became of each conversation.
+
+Each chunk is worked on by one process, and knows nothing of the others: whether a conversation has been seen before,
+and which samples are written, is for the one that joins the chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft.chatml import KINDS, NOT_TRAINED, TRAINED, Sample, TrainOn, cut, render_batch, split_text
+from sft.conversation import BadRecord, Conversation, Message
+from sft.duplicates import content_digest
+from sft.records import ReadOptions, oddities, read_record
+from sft.sources import RawRecord, Source, raw_records
+from sft.templates import TemplateName, content_of, reasoning_of
+from sft.tokenizer import Tokenizer
+
+TooLong = Literal["drop", "cut", "split", "error"]
+
+# A chunk has so many records, or fewer where they are long: what memory is bounded by.
+CHUNK_RECORDS = 500
+CHUNK_BYTES = 1_000_000
+
+KEPT = "kept"
+FATES = (KEPT, "too_long", "no_trained_token")  # what rendering alone can tell of a sample
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How raw records become samples; every worker process has it."""
+
+    sources: Sequence[Source]
+    tokenizer: Tokenizer
+    options: ReadOptions
+    template: TemplateName
+    train_on: TrainOn
+    block_size: int
+    too_long: TooLong
+    system_prompt: str | None
+    seed: int
+    val_fraction: float
+
+    def read(self, raw: RawRecord, source: int) -> Conversation:
+        """The conversation of a record. Raises BadRecord."""
+        return read_record(raw, self.options, source)
+
+    def shown(self, conversation: Conversation) -> Conversation:
+        """The conversation as it is rendered: with the system prompt where it has none of its own."""
+        has_one = any(message.role == "system" for message in conversation.messages)
+        if self.system_prompt is None or conversation.text is not None or has_one:
+            return conversation
+        return replace(conversation, messages=(Message("system", self.system_prompt), *conversation.messages))
+
+    def is_validation(self, conversation: Conversation, digest: bytes) -> bool:
+        """A function of the seed and the group, or the content, alone: copies are never in both splits."""
+        if self.val_fraction == 0:
+            return False
+        key = digest if conversation.group is None else conversation.group.encode()
+        drawn = hashlib.blake2b(key, digest_size=8, salt=self.seed.to_bytes(16, "big", signed=True)).digest()
+        return int.from_bytes(drawn, "big") < self.val_fraction * 2**64
+
+
+class Chunk(NamedTuple):
+    source: int  # index in Recipe.sources
+    records: Sequence[RawRecord]
+
+
+class Bad(NamedTuple):
+    """A record that cannot be used."""
+
+    line: int
+    message: str
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What came of a chunk: C conversations, S samples, T tokens of the samples that fit."""
+
+    source: int
+    read: int  # records, the bad ones included
+    bad: list[Bad]
+    too_long: list[Bad]  # where that is an error
+    records: NDArray[np.int64]  # (C,) 1-based
+    lines: NDArray[np.int64]  # (C,) 1-based
+    digests: NDArray[np.uint8]  # (C, 16)
+    is_val: NDArray[np.bool_]  # (C,)
+    noticed: list[tuple[int, str]]  # (index of a conversation, what is odd about it)
+
+    conversation: NDArray[np.int64]  # (S,) index of its conversation
+    turn: NDArray[np.int64]  # (S,)
+    fate: NDArray[np.int8]  # (S,) index in FATES
+    rendered: NDArray[np.int64]  # (S,) tokens before cutting
+    kinds: NDArray[np.int64]  # (S, len(KINDS)) tokens of each kind that are left; 0 where the sample was dropped
+    targets: NDArray[np.float64]  # (S,) sum of the target weights
+
+    input_ids: NDArray[np.int32]  # (T,)
+    labels: NDArray[np.int32]  # (T,)
+    weights: NDArray[np.float32] | None  # (T,) None = 1 where trained
+
+
+def chunks(sources: Sequence[Source], advance: Callable[[int], object] = lambda count: None) -> Iterator[Chunk]:
+    """All records in order, a bounded number of them at a time."""
+    for index, source in enumerate(sources):
+        waiting: list[RawRecord] = []
+        size = 0
+        for raw in raw_records(source, advance=advance):
+            waiting.append(raw)
+            size += raw.size
+            if len(waiting) == CHUNK_RECORDS or size >= CHUNK_BYTES:
+                yield Chunk(index, waiting)
+                waiting, size = [], 0
+        if waiting:
+            yield Chunk(index, waiting)
+
+
+def render_chunk(recipe: Recipe, chunk: Chunk) -> Rendered:
+    conversations: list[Conversation] = []
+    bad: list[Bad] = []
+    seen: list[tuple[int, str]] = []
+    for raw in chunk.records:
+        try:
+            conversations.append(recipe.read(raw, chunk.source))
+        except BadRecord as error:
+            bad.append(Bad(raw.line, str(error), raw.size))
+        else:
+            if raw.bom:
+                seen.append((len(conversations) - 1, "byte_order_mark"))
+    shown = [recipe.shown(conversation) for conversation in conversations]
+    samples = render_batch(shown, recipe.tokenizer, template=recipe.template, train_on=recipe.train_on)
+    fitted = Fitted()
+    for index, of_one in enumerate(samples):
+        for sample in of_one:
+            fitted.add(index, sample, recipe)
+    digests = [content_digest(conversation) for conversation in conversations]
+    return Rendered(
+        source=chunk.source,
+        read=len(chunk.records),
+        bad=bad,
+        too_long=[too_long(conversations[index], length, recipe) for index, length in fitted.errors],
+        records=np.array([conversation.record for conversation in conversations], np.int64),
+        lines=np.array([conversation.line for conversation in conversations], np.int64),
+        digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16),
+        is_val=np.array([recipe.is_validation(*each) for each in zip(conversations, digests, strict=True)], bool),
+        noticed=seen
+        + [(index, name) for index, conversation in enumerate(shown) for name in noticed(conversation, recipe)],
+        **fitted.arrays(),
+    )
+
+
+@dataclass
+class Fitted:
+    """Collects samples that were made to fit, and what was dropped; `arrays` joins them."""
+
+    conversation: list[int] = field(default_factory=list)
+    turn: list[int] = field(default_factory=list)
+    fate: list[int] = field(default_factory=list)
+    rendered: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    span_kinds: list[int] = field(default_factory=list)
+    span_lengths: list[int] = field(default_factory=list)
+    span_weights: list[float] = field(default_factory=list)
+    span_counts: list[int] = field(default_factory=list)  # of each sample
+    errors: list[tuple[int, int]] = field(default_factory=list)  # conversation, its length
+
+    def add(self, conversation: int, sample: Sample, recipe: Recipe) -> None:
+        """Count a sample as what is left of it within block_size."""
+        length, block_size = len(sample.input_ids), recipe.block_size
+        if not is_trained(sample):
+            self._enter(conversation, sample, "no_trained_token", rendered=length)
+        elif length <= block_size:
+            self._enter(conversation, sample, KEPT, rendered=length)
+        elif recipe.too_long == "split" and not sample.ends:
+            for piece in split_text(sample, block_size):
+                fate = KEPT if is_trained(piece) else "no_trained_token"
+                self._enter(conversation, piece, fate, rendered=len(piece.input_ids))
+        else:
+            if recipe.too_long == "error":
+                self.errors.append((conversation, length))
+            shorter = cut(sample, block_size) if recipe.too_long in ("cut", "split") else None
+            if shorter is not None and is_trained(shorter):
+                self._enter(conversation, shorter, KEPT, rendered=length)
+            else:
+                self._enter(conversation, sample, "too_long", rendered=length)
+
+    def _enter(self, conversation: int, sample: Sample, fate: str, *, rendered: int) -> None:
+        self.conversation.append(conversation)
+        self.turn.append(sample.turn)
+        self.fate.append(FATES.index(fate))
+        self.rendered.append(rendered)
+        spans = sample.spans if fate == KEPT else ()
+        self.span_counts.append(len(spans))
+        for kind, length, weight in spans:
+            self.span_kinds.append(kind)
+            self.span_lengths.append(length)
+            self.span_weights.append(weight)
+        if fate == KEPT:
+            self.ids += sample.input_ids
+
+    def arrays(self) -> dict[str, Any]:
+        """The fields of Rendered that tell of samples."""
+        kinds, lengths = np.array(self.span_kinds, np.int64), np.array(self.span_lengths, np.int64)
+        samples = len(self.turn)
+        sample_of = np.repeat(np.arange(samples), np.array(self.span_counts, np.int64))
+        by_kind = np.bincount(sample_of * len(KINDS) + kinds, lengths, samples * len(KINDS))
+        weight = np.where(kinds == TRAINED, np.array(self.span_weights, np.float32), np.float32(0))
+        ids = np.array(self.ids, np.int32)
+        weights = np.repeat(weight, lengths)
+        is_weighted = bool(((weight != 1) & (kinds == TRAINED)).any())
+        return {
+            "conversation": np.array(self.conversation, np.int64),
+            "turn": np.array(self.turn, np.int64),
+            "fate": np.array(self.fate, np.int8),
+            "rendered": np.array(self.rendered, np.int64),
+            "kinds": by_kind.astype(np.int64).reshape(samples, len(KINDS)),
+            "targets": np.bincount(sample_of, weight.astype(np.float64) * lengths, samples),
+            "input_ids": ids,
+            "labels": np.where(np.repeat(kinds == TRAINED, lengths), ids, np.int32(NOT_TRAINED)),
+            "weights": weights if is_weighted else None,
+        }
+
+
+def is_trained(sample: Sample) -> bool:
+    return any(kind == TRAINED and length for kind, length, _ in sample.spans)
+
+
+def too_long(conversation: Conversation, length: int, recipe: Recipe) -> Bad:
+    message = f"{length:,} tokens, block_size is {recipe.block_size:,}; raise it, or --too_long=drop, cut or split"
+    return Bad(conversation.line, message, 0)
+
+
+def noticed(conversation: Conversation, recipe: Recipe) -> Iterator[str]:
+    """What is worth a word about a conversation that is used all the same."""
+    yield from oddities(conversation)
+    if recipe.tokenizer.spells_control("\n".join(spoken(conversation))):
+        yield "spells_control"
+    for message in conversation.messages:
+        if message.role == "assistant":
+            if recipe.template == "chatml" and message.reasoning:
+                yield "reasoning_not_in_template"
+                return
+            if recipe.template == "qwen3" and message.reasoning is None and loses_text(message):
+                yield "changed_by_template"
+                return
+
+
+def spoken(conversation: Conversation) -> Iterator[str]:
+    """Every text that comes from the record."""
+    if conversation.text is not None:
+        yield conversation.text
+    yield from conversation.tools
+    for message in conversation.messages:
+        yield message.content
+        if message.reasoning:
+            yield message.reasoning
+        for call in message.tool_calls:
+            yield call.name
+            yield call.arguments
+
+
+def loses_text(message: Message) -> bool:
+    """Whether the template qwen3 leaves out more of the content than newlines around the reasoning."""
+    if "</think>" not in message.content:
+        return False
+    left = f"<think>{reasoning_of(message)}</think>{content_of(message, 'qwen3')}"
+    return left.replace("\n", "") != message.content.replace("\n", "")
+
+
+def default_workers() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
