@@ -18,20 +18,23 @@ OPENAI_ROLES = {
 }
 SHAREGPT_ROLES = {
     **OPENAI_ROLES,
-    **dict.fromkeys(("human",), "user"),
+    "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function_response"), "tool"),
 }
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6  # float32 holds their products with any loss
 
-# What a message or a record may have and no template can express: it would be lost.
+# What a record or a message may have and no template can express.
 ONLY_TEXT = "only text can be trained on: remove it or the record"
-WOULD_BE_LOST = {
-    "function_call": "write 'tool_calls'",
+LOST_OF_RECORDS = {
     "functions": "write 'tools'",
+    **dict.fromkeys(("audio", "audios", "image", "images", "video", "videos"), ONLY_TEXT),
+}
+LOST_OF_MESSAGES = {
+    **LOST_OF_RECORDS,
+    "function_call": "write 'tool_calls'",
     "refusal": "write it as the content",
     "thinking": "write 'reasoning_content'",
-    **dict.fromkeys(("audio", "audios", "image", "images", "video", "videos"), ONLY_TEXT),
 }
 PLAIN_KEYS = {"role", "content", "from", "value", "name", "id", "tool_call_id"}
 PART_ORDER = {"reasoning": 0, "text": 1, "tool_call": 2}
@@ -68,7 +71,7 @@ def message_of(item: Any, where: str, names: Mapping[str, str]) -> Message:
     if not isinstance(item, dict):
         raise BadRecord(f"{where} must be an object, not {kind(item)}; give it 'role' and 'content'")
     item = {key: value for key, value in item.items() if value is not None}  # tables fill what is missing with null
-    refuse_what_would_be_lost(item, where)
+    refuse_any(item, LOST_OF_MESSAGES, where)
     role_key, content_key = keys_of(item, where)
     if role_key == "from":
         names = SHAREGPT_ROLES
@@ -156,7 +159,8 @@ def parts_of(parts: list[Any], what: str) -> tuple[str, str | None, tuple[ToolCa
             calls += calls_in(value, where)
         else:
             (texts if sort == "text" else thoughts).append(text_of(value, where))
-    return "".join(texts), "".join(thoughts) if thoughts else None, tuple(calls)
+    text, thought = (text_of("".join(pieces), what) for pieces in (texts, thoughts))
+    return text, thought if thoughts else None, tuple(calls)
 
 
 def calls_in(value: Any, what: str) -> list[ToolCall]:
@@ -253,9 +257,10 @@ def json_of(text: str, what: str, wanted: str) -> Any:
         raise BadRecord(f"{what} must be JSON ({broken(error)}); write {wanted}") from error
 
 
-def refuse_what_would_be_lost(fields: Mapping[str, Any], where: str) -> None:
-    if not WOULD_BE_LOST.keys().isdisjoint(fields):
-        for key, remedy in WOULD_BE_LOST.items():
+def refuse_any(fields: Mapping[str, Any], lost: Mapping[str, str], where: str) -> None:
+    """BadRecord for the first of the keys in `lost`, whose values are remedies."""
+    if not lost.keys().isdisjoint(fields):
+        for key, remedy in lost.items():
             refuse(fields, (key,), where, remedy)
 
 

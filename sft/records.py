@@ -15,7 +15,7 @@ from typing import Any, Literal
 from sft.conversation import BadRecord, Conversation, Message, kind, text_of
 from sft.errors import UserError, listed
 from sft.json_records import decoded_line
-from sft.messages import messages_of, refuse, refuse_what_would_be_lost, tools_of
+from sft.messages import LOST_OF_RECORDS, messages_of, refuse, refuse_any, tools_of
 from sft.sources import RawRecord, Source, raw_records
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "dolly", "text"]
@@ -84,7 +84,7 @@ def read_record(raw: RawRecord, options: ReadOptions, source: int) -> Conversati
     group = None if options.group_by is None else group_of(value, options.group_by)
     if None in value.values():  # tables fill what is missing with null
         value = {key: item for key, item in value.items() if item is not None}
-    refuse_what_would_be_lost(value, "the record")
+    refuse_any(value, LOST_OF_RECORDS, "the record")
     wanted = options.format
     if options.fields:
         value = renamed(value, options.fields)

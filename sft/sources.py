@@ -337,7 +337,7 @@ def parquet_rows(source: Source, total: int) -> Iterator[Piece]:
                 yield row, value, reached - before, reached
         if row != count:
             raise pyarrow.ArrowInvalid(f"{count:,} rows promised, {row:,} found")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         why = next(iter(str(error).splitlines()), type(error).__name__)

@@ -259,6 +259,16 @@ def test_the_group_is_the_value_at_a_path():
         ),
         ({"content": [{"type": "text", "text": "a", "value": "b"}]}, "more than one of 'text', 'text' and 'value'"),
         ({"content": [{"type": "tool_call", "value": "[]"}], "tool_calls": [3]}, "tool call 1 must be an object"),
+        ({"content": [{"type": "text", "text": " " * 400_000}] * 3}, "more than 400,000 blanks in a row"),
+        ({"content": "a" + " " * 400_001}, "message 2: 'content' holds more than 400,000 blanks in a row"),
+        ({"content": "\ud800"}, "message 2: 'content' holds half a character"),
+        (
+            {
+                "tool_calls": [{"name": "f", "arguments": {}}],
+                "content": [{"type": "tool_call", "value": {"name": "f", "arguments": {}}}],
+            },
+            "has tool calls beside its content and in it; keep one",
+        ),
         ({"content": None}, "has no 'content' (null counts as none)"),
         ({"content": None, "tool_calls": []}, "has no 'content' (null counts as none)"),
         ({"tool_calls": [{"name": "f", "arguments": {"a": "\ud800"}}]}, "'arguments' holds half a character"),

@@ -161,21 +161,26 @@ def test_records_say_where_they_begin(tmp_path):
     assert [(raw.record, raw.line, raw.size) for raw in raws(path)] == [(1, 2, 14), (2, 4, 13), (3, 5, 2)]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.txt", "a.parquet", "broken.json"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.txt", "a.parquet", "broken.json", "broken.jsonl.gz"]
+)
 def test_the_bytes_told_to_advance_add_up_to_the_file_on_disk(tmp_path, name):
     path = tmp_path / name
     content = ARRAY if ".json" in path.suffixes else b"\n" + LINES + b"\n\n"
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     if name == "a.parquet":
         pytest.importorskip("pyarrow.parquet").write_table(table_of(RECORDS), path)
-    if name == "broken.json":
-        path.write_bytes(content[:-2])
+    if name.startswith("broken"):
+        path.write_bytes(path.read_bytes()[:-2])
     told: list[int] = []
     read = raws(path, advance=told.append)
     assert sum(told) == path.stat().st_size
     assert min(told) >= 0
     if path.suffix == ".parquet":
         assert sum(raw.size for raw in read) == path.stat().st_size
+    if name == "broken.json":
+        assert isinstance(read[-1].value, BadRecord)
+        assert read[-1].size == len(content) - 2 - content.rindex(b"\n }") - len(b"\n }")
 
 
 @pytest.mark.parametrize("content", [LINES, ARRAY, gzip.compress(b"\xef\xbb\xbf" + LINES)])
@@ -289,6 +294,19 @@ def test_damaged_parquet_is_a_bad_record_and_so_is_a_row_that_python_cannot_hold
     assert "several columns 'text'; rename them" in str(raws(path)[0].value)
     parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
     assert "the file holds no records" in str(raws(path)[0].value)
+
+
+def test_rows_that_a_parquet_file_promises_and_lacks_are_missed(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), path)
+    batches = pyarrow.table({"text": ["a"]}).to_batches()
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda *arguments, **options: iter(batches))
+    good, bad = raws(path)
+    assert good.value == {"text": "a"}
+    assert "damaged from here on (2 rows promised, 1 found)" in str(bad.value)
+    assert good.size + bad.size == path.stat().st_size
 
 
 def test_parquet_without_its_library_names_the_extra(tmp_path, monkeypatch):
