@@ -187,6 +187,7 @@ AMBIGUOUS = {
             {"prompt": "response", "completion": "prompt", "input": "output", "context": "none"},
             ["responded\n\nput", "prompted"],
         ),
+        ({"prompt": "response", "input": "none", "context": "none"}, ["responded", "put"]),
         ({"format": "alpaca", "prompt": "text", "input": "none"}, ["plain", "put"]),
         ({"format": "text", "text": "context"}, "given"),
     ],
