@@ -165,7 +165,8 @@ def main(argv: list[str]) -> None:
 def train(resolved: Resolved[TrainSettings], world: World) -> None:
     """The whole run on one rank: data, model, optimizer, resume, loop, close."""
     settings, out_dir = resolved.settings, Path(resolved.settings.out_dir)
-    data = world.together(lambda: startup.open_training_data(settings.sft_data_dir, block_size=settings.block_size))
+    folder, block_size = settings.sft_data_dir, settings.block_size
+    data = world.together(lambda: startup.open_training_data(folder, block_size=block_size, proves=world.is_main))
     resume_path = world.on_main(lambda: startup.prepare_out_dir(out_dir, resume=settings.resume))
     saved = world.together(
         lambda: startup.read_saved_state(resume_path, data, fixed=settings.fixed()) if resume_path else None
@@ -257,13 +258,12 @@ def new_architecture(settings: TrainSettings, data: PreparedData) -> ModelArchit
 
 
 def build_loader(settings: TrainSettings, data: PreparedData, world: World) -> TrainLoader:
-    samples, weights = data.splits["train"], data.source_weights
-    sources = samples.origins[:, 0]
+    split, weights = data.splits["train"], data.source_weights
     stream = RowStream(
-        samples.lengths, block_size=settings.block_size, seed=settings.seed, sources=sources, weights=weights
+        split.lengths, block_size=settings.block_size, seed=settings.seed, sources=split.origins[:, 0], weights=weights
     )
     return TrainLoader(
-        samples,
+        split,
         stream,
         batch_size=settings.batch_size,
         rows_per_step=settings.batch_size * settings.micro_steps(world.size) * world.size,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from sft import ledger
 from sft.arrays import PreparedData, open_prepared
 from sft.checkpoint import newest_checkpoint, numbered_checkpoints, read_checkpoint, remove_partial_files
 from sft.errors import UserError, listed
@@ -21,10 +22,14 @@ NEEDED_TO_RESUME = (
 )
 
 
-def open_training_data(folder: str, *, block_size: int) -> PreparedData:
-    """The prepared data of a folder; UserError where a run with this block_size could not train on all of it."""
+def open_training_data(folder: str, *, block_size: int, proves: bool = True) -> PreparedData:
+    """The prepared data of a folder; UserError where a run with this block_size could not train on all of it.
+
+    `proves`: refuse it also where its ledger or its audit does not prove it. One rank is enough, since that reads all
+    labels.
+    """
     data = open_prepared(folder)
-    problems = []
+    problems = ledger.problems(data.meta, data.splits) if proves else []
     if data.meta["max_id"] >= data.meta["vocab_size"]:
         problems.append(
             f"it holds id {data.meta['max_id']}, outside its vocabulary of {data.meta['vocab_size']}; prepare it again"
