@@ -50,7 +50,7 @@ SLOTS = 8  # of a bucket; compared at once
 FULL = 0.8  # of a table's slots: beyond that too many buckets overflow
 GROWTH = 1.5  # times the slots, when full: at worst 1.5 x 16 / 0.8 = 30 bytes a digest
 FIRST_BUCKETS = 1 << 13
-MOVED_AT_ONCE = 1 << 16  # buckets, whose 128 bytes each make whole pages
+MOVED_AT_ONCE = 1 << 13  # buckets, whose 128 bytes each make whole pages
 
 
 class Table:

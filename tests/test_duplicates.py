@@ -46,6 +46,8 @@ def test_different_content_has_different_digests(conversations):
 def test_what_pretends_to_be_the_frame_has_a_digest_of_its_own():
     pairs = [
         (conversation("a", "b"), conversation("aassistant 1:b")),
+        (conversation("a", "b"), conversation("aassistant b")),
+        (Conversation((), tools=("a", "b")), Conversation((), tools=("a#b",))),
         (Conversation((Message("assistant", "a", "b"),)), conversation("", "a~1:b")),
         (Conversation((Message("assistant", "a", ""),)), Conversation((Message("assistant", "a"),))),
         (
@@ -118,6 +120,20 @@ def test_the_same_content_is_found_at_its_first_place_for_every_validation_conve
     assert list(found) == [(0, 1), (0, 3)]
 
 
+def test_what_leaks_is_told_in_the_order_of_validation():
+    found = leaks([conversation("q"), conversation("r")], [conversation("r"), conversation("q")], near=False)
+    assert list(found) == [(0, 1), (0, 2)]
+
+
+def test_digests_that_agree_in_one_half_are_not_the_same_content(monkeypatch):
+    def half_a_digest(conversation):
+        return bytes(8) + conversation.messages[0].content.encode().ljust(8)
+
+    monkeypatch.setattr("sft.duplicates.content_digest", half_a_digest)
+    validation = [conversation(text) for text in "abc"]
+    assert leaks(validation, [conversation("z"), conversation("b")], near=False) == {(0, 2): ((1, 2), 1.0, True)}
+
+
 def test_what_differs_in_a_letter_is_not_the_same_content():
     assert leaks([conversation("q", "a")], [conversation("q", "A")], near=False) == {}
 
@@ -161,8 +177,15 @@ def test_similarity_is_that_of_the_sets_of_shingles_and_the_threshold_decides():
     one, other = "a b c d e f g h i j k l m n", "a b c d e f g h i j k l m z"
     pair = [conversation(one)], [conversation(other)]  # ten shingles each, nine of them shared
     assert leaks(*pair, near=True)[0, 1].similarity == 9 / 11
-    assert leaks(*pair, near=True, threshold=9 / 11 - 1e-9)
+    assert leaks(*pair, near=True, threshold=9 / 11)
     assert not leaks(*pair, near=True, threshold=9 / 11 + 1e-9)
+
+
+@near_duplicates
+def test_of_several_near_duplicates_the_first_is_reported():
+    text = passage(0)
+    found = leaks([conversation(text)], [conversation(text + " more"), conversation(text.upper())], near=True)
+    assert found[0, 1].place == (1, 1)
 
 
 @near_duplicates
