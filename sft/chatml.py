@@ -8,8 +8,7 @@ because generation starts there.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from sft.conversation import Conversation, Message
@@ -34,42 +33,43 @@ TRAINED, TEMPLATE, REPEATED = (KINDS.index(name) for name in ("trained", "templa
 MASKED = {name: KINDS.index(name) for name in ("system", "user", "assistant", "tool", "text")}
 
 
-class Span(NamedTuple):
-    """A stretch of tokens that are of one kind; the weight is that of trained tokens in the loss."""
+class Stretch(NamedTuple):
+    """The tokens of a block, or of plain text: those that are of one kind, and the template's before and after them."""
 
     kind: int  # index in KINDS
+    before: int
     length: int
-    weight: float = 1.0
+    after: int
+    weight: float  # of trained tokens in the loss
+
+    @property
+    def tokens(self) -> int:
+        return self.before + self.length + self.after
 
 
-class End(NamedTuple):
-    """Where a block of the template ends."""
-
-    role: str
-    tokens: int  # tokens of the sample up to here
-    spans: int  # spans up to here
-
-
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A rendered conversation, or one trained turn of it with its history, or a piece of plain text."""
 
     input_ids: list[int]
-    spans: tuple[Span, ...]  # they cover the ids from the first to the last
-    ends: tuple[End, ...] = ()  # none for plain text
+    stretches: list[Stretch]  # they cover the ids from the first to the last
+    roles: Sequence[str] = ()  # of each block; none for plain text
     turn: int = -1  # -1 = the whole; else the index of the message that is trained, or of the piece
 
     @property
     def labels(self) -> list[int]:
         """The id where trained, -100 elsewhere; not shifted."""
-        labels: list[int] = []
-        for kind, length, _ in self.spans:
-            start = len(labels)
-            labels += self.input_ids[start : start + length] if kind == TRAINED else [NOT_TRAINED] * length
+        labels = [NOT_TRAINED] * len(self.input_ids)
+        start = 0
+        for stretch in self.stretches:
+            if stretch.kind == TRAINED:
+                span = slice(start + stretch.before, start + stretch.before + stretch.length)
+                labels[span] = self.input_ids[span]
+            start += stretch.tokens
         return labels
 
-    def count(self, kind: int) -> int:
-        return sum(span.length for span in self.spans if span.kind == kind)
+    @property
+    def is_trained(self) -> bool:
+        return any(stretch[0] == TRAINED and stretch[2] for stretch in self.stretches)
 
 
 class Plan(NamedTuple):
@@ -77,6 +77,7 @@ class Plan(NamedTuple):
 
     blocks: Sequence[Block]
     weights: Sequence[float]  # of each block's content and end; 0 = not trained
+    texts: Sequence[str]  # two a block: its opening, and its content or the whole, as it is encoded
     turn: int
     known: int  # so many messages at the beginning have been in an earlier sample
     everything: bool = False  # the template's own tokens are trained too
@@ -102,14 +103,11 @@ def render_batch(
 ) -> list[list[Sample]]:
     """The samples of many conversations, whose texts are encoded together and each distinct one once."""
     plans = [plans_of(conversation, template, train_on) for conversation in conversations]
-    texts: dict[str, None] = dict.fromkeys(["\n"])
-    for conversation, of_one in zip(conversations, plans, strict=True):
-        if conversation.text is not None:
-            texts[conversation.text] = None
+    texts = [conversation.text for conversation in conversations if conversation.text is not None]
+    for of_one in plans:
         for plan in of_one:
-            for block, weight in zip(plan.blocks, plan.weights, strict=True):
-                texts.update(dict.fromkeys(parts(block, weight)))
-    ids_of = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
+            texts += plan.texts
+    ids_of = encoded(texts, tokenizer)
     return [
         [text_sample(ids_of[conversation.text], tokenizer)]
         if conversation.text is not None
@@ -131,10 +129,8 @@ def prompt_ids(
     `thinking` leaves it to the model, in the template that knows reasoning, to open the think block.
     """
     blocks = blocks_of(messages, tools, template)
-    untrained = Plan(blocks, [0.0] * len(blocks), turn=-1, known=0)
-    texts = dict.fromkeys(["\n", *(text for block in blocks for text in parts(block, 0))])
-    ids_of = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
-    history = joined(untrained, ids_of, tokenizer).input_ids
+    untrained = plan_of(blocks, [0.0] * len(blocks))
+    history = joined(untrained, encoded(untrained.texts, tokenizer), tokenizer).input_ids
     return [*history, tokenizer.im_start, *tokenizer.encode(generation_prompt(template, thinking=thinking))]
 
 
@@ -150,12 +146,12 @@ def plans_of(conversation: Conversation, template: TemplateName, train_on: Train
         for known, turn in zip([0, *(turn + 1 for turn in turns)], turns, strict=False):
             blocks = blocks_of_turn(messages, tools, template, turn)
             new = [weights[block.end - 1] if block.end > known else 0.0 for block in blocks]
-            plans.append(Plan(blocks, new, turn, known, everything))
+            plans.append(plan_of(blocks, new, turn=turn, known=known, everything=everything))
         if plans:
             return plans
     blocks = blocks_of(messages, tools, template)
     of_block = [weights[block.end - 1] if block.end else float(everything) for block in blocks]
-    return [Plan(blocks, of_block, -1, 0, everything)]
+    return [plan_of(blocks, of_block, everything=everything)]
 
 
 def message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[float]:
@@ -169,54 +165,63 @@ def message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[floa
     return weights
 
 
-def parts(block: Block, weight: float) -> tuple[str, ...]:
-    """The strings of a block whose ids are needed; the first ones, joined, are the block."""
-    if is_encoded_apart(block, weight):
-        return block.opening, block.content
-    return block.opening + block.content, block.opening
+def plan_of(
+    blocks: Sequence[Block], weights: Sequence[float], *, turn: int = -1, known: int = 0, everything: bool = False
+) -> Plan:
+    texts: list[str] = []
+    for block, weight in zip(blocks, weights, strict=True):
+        _, opening, content, _ = block
+        # What a model generates is encoded apart from what it is given.
+        texts += (opening, content if is_generated(block, weight) else opening + content)
+    return Plan(blocks, weights, texts, turn, known, everything)
 
 
-def is_encoded_apart(block: Block, weight: float) -> bool:
+def is_generated(block: Block, weight: float) -> bool:
     return weight > 0 and block.role == ASSISTANT
+
+
+def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """The ids of each text, and of a newline."""
+    distinct = list(dict.fromkeys(["\n", *texts]))
+    return dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
 
 
 def joined(plan: Plan, ids_of: Mapping[str, list[int]], tokenizer: Tokenizer) -> Sample:
     input_ids: list[int] = []
-    spans: list[Span] = []
-    ends: list[End] = []
-    newline = ids_of["\n"]
+    stretches: list[Stretch] = []
+    im_start, end = tokenizer.im_start, [tokenizer.im_end, *ids_of["\n"]]
+    known = plan.known
+    texts = iter(plan.texts)
     for block, weight in zip(plan.blocks, plan.weights, strict=True):
-        start, opening = len(input_ids), ids_of[block.opening]
-        input_ids.append(tokenizer.im_start)
-        if is_encoded_apart(block, weight):
-            input_ids += opening
-            input_ids += ids_of[block.content]
+        opening, content = ids_of[next(texts)], ids_of[next(texts)]
+        start = len(input_ids)
+        input_ids.append(im_start)
+        if is_generated(block, weight):
             header = len(opening)
+            input_ids += opening
         else:
-            together = ids_of[block.opening + block.content]
-            input_ids += together
-            header = common_prefix(opening, together)
-        content = len(input_ids) - start - 1 - header
-        input_ids.append(tokenizer.im_end)
-        input_ids += newline
-        if block.end <= plan.known and plan.known:
-            spans.append(Span(REPEATED, len(input_ids) - start))
+            header = len(opening) if content[: len(opening)] == opening else common_prefix(opening, content)
+        input_ids += content
+        input_ids += end
+        tokens = len(input_ids) - start
+        if known and block.end <= known:
+            stretches.append(Stretch(REPEATED, 0, tokens, 0, 0.0))
         elif not weight:
-            spans += Span(TEMPLATE, 1 + header), Span(MASKED[block.role], content), Span(TEMPLATE, 1 + len(newline))
+            length = tokens - 1 - header - len(end)
+            stretches.append(Stretch(MASKED[block.role], 1 + header, length, len(end), 0.0))
         elif not plan.everything:
-            spans += Span(TEMPLATE, 1 + header), Span(TRAINED, content + 1, weight), Span(TEMPLATE, len(newline))
+            length = tokens - header - len(end)  # its end token is trained
+            stretches.append(Stretch(TRAINED, 1 + header, length, len(end) - 1, weight))
         else:
             first = int(start == 0)  # nothing predicts it
-            spans += Span(TEMPLATE, first), Span(TRAINED, len(input_ids) - start - first, weight)
-        ends.append(End(block.role, len(input_ids), len(spans)))
-    return Sample(input_ids, tuple(spans), tuple(ends), plan.turn)
+            stretches.append(Stretch(TRAINED, first, tokens - first, 0, weight))
+    return Sample(input_ids, stretches, [block.role for block in plan.blocks], plan.turn)
 
 
 def common_prefix(opening: Sequence[int], ids: Sequence[int]) -> int:
-    """How many tokens of a block are its opening alone: all of them, unless content merges with the end of it."""
-    if ids[: len(opening)] == opening:
-        return len(opening)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(opening, ids, strict=False)))
+    """How many tokens of a block are its opening alone, where content merges with the end of it."""
+    pairs = zip(opening, ids, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def text_sample(ids: Sequence[int], tokenizer: Tokenizer) -> Sample:
@@ -226,7 +231,8 @@ def text_sample(ids: Sequence[int], tokenizer: Tokenizer) -> Sample:
 
 def text_piece(ids: list[int], turn: int = -1) -> Sample:
     first = min(1, len(ids))  # nothing predicts it
-    return Sample(ids, (Span(MASKED["text"], first), Span(TRAINED, len(ids) - first)), turn=turn)
+    parts = [Stretch(MASKED["text"], 0, first, 0, 0.0), Stretch(TRAINED, 0, len(ids) - first, 0, 1.0)]
+    return Sample(ids, parts, turn=turn)
 
 
 def cut(sample: Sample, block_size: int) -> Sample | None:
@@ -234,12 +240,13 @@ def cut(sample: Sample, block_size: int) -> Sample | None:
 
     Plain text, which has no turns, is cut inside.
     """
-    if not sample.ends:
+    if not sample.roles:
         return text_piece(sample.input_ids[:block_size], sample.turn)
-    for count in range(len(sample.ends), 0, -1):
-        role, tokens, spans = sample.ends[count - 1]
-        if role == ASSISTANT and tokens <= block_size:
-            return Sample(sample.input_ids[:tokens], sample.spans[:spans], sample.ends[:count], sample.turn)
+    ends = list(itertools.accumulate(stretch.tokens for stretch in sample.stretches))
+    for count in range(len(ends), 0, -1):
+        if sample.roles[count - 1] == ASSISTANT and ends[count - 1] <= block_size:
+            tokens = ends[count - 1]
+            return Sample(sample.input_ids[:tokens], sample.stretches[:count], sample.roles[:count], sample.turn)
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import NamedTuple
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -26,8 +25,7 @@ class Message(NamedTuple):
     weight: float = 1.0  # of an assistant message's tokens in the loss; 0 = not trained
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     """Either the messages of a conversation or, for plain text, none and `text`; and where it was found."""
 
     messages: tuple[Message, ...]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.chatml import KINDS, NOT_TRAINED, TRAINED, Sample, TrainOn, cut, render_batch, split_text
+from sft.chatml import KINDS, NOT_TRAINED, TEMPLATE, TRAINED, Sample, Stretch, TrainOn, cut, render_batch, split_text
 from sft.conversation import BadRecord, Conversation, Message
 from sft.duplicates import content_digest
 from sft.records import ReadOptions, oddities, read_record
@@ -57,7 +57,7 @@ class Recipe:
         has_one = any(message.role == "system" for message in conversation.messages)
         if self.system_prompt is None or conversation.text is not None or has_one:
             return conversation
-        return replace(conversation, messages=(Message("system", self.system_prompt), *conversation.messages))
+        return conversation._replace(messages=(Message("system", self.system_prompt), *conversation.messages))
 
     def is_validation(self, conversation: Conversation, digest: bytes) -> bool:
         """A function of the seed and the group, or the content, alone: copies are never in both splits."""
@@ -165,28 +165,26 @@ class Fitted:
     fate: list[int] = field(default_factory=list)
     rendered: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
-    span_kinds: list[int] = field(default_factory=list)
-    span_lengths: list[int] = field(default_factory=list)
-    span_weights: list[float] = field(default_factory=list)
-    span_counts: list[int] = field(default_factory=list)  # of each sample
+    stretches: list[Stretch] = field(default_factory=list)
+    stretch_counts: list[int] = field(default_factory=list)  # of each sample
     errors: list[tuple[int, int]] = field(default_factory=list)  # conversation, its length
 
     def add(self, conversation: int, sample: Sample, recipe: Recipe) -> None:
         """Count a sample as what is left of it within block_size."""
         length, block_size = len(sample.input_ids), recipe.block_size
-        if not is_trained(sample):
+        if not sample.is_trained:
             self._enter(conversation, sample, "no_trained_token", rendered=length)
         elif length <= block_size:
             self._enter(conversation, sample, KEPT, rendered=length)
-        elif recipe.too_long == "split" and not sample.ends:
+        elif recipe.too_long == "split" and not sample.roles:
             for piece in split_text(sample, block_size):
-                fate = KEPT if is_trained(piece) else "no_trained_token"
+                fate = KEPT if piece.is_trained else "no_trained_token"
                 self._enter(conversation, piece, fate, rendered=len(piece.input_ids))
         else:
             if recipe.too_long == "error":
                 self.errors.append((conversation, length))
             shorter = cut(sample, block_size) if recipe.too_long in ("cut", "split") else None
-            if shorter is not None and is_trained(shorter):
+            if shorter is not None and shorter.is_trained:
                 self._enter(conversation, shorter, KEPT, rendered=length)
             else:
                 self._enter(conversation, sample, "too_long", rendered=length)
@@ -196,40 +194,39 @@ class Fitted:
         self.turn.append(sample.turn)
         self.fate.append(FATES.index(fate))
         self.rendered.append(rendered)
-        spans = sample.spans if fate == KEPT else ()
-        self.span_counts.append(len(spans))
-        for kind, length, weight in spans:
-            self.span_kinds.append(kind)
-            self.span_lengths.append(length)
-            self.span_weights.append(weight)
         if fate == KEPT:
+            self.stretch_counts.append(len(sample.stretches))
+            self.stretches += sample.stretches
             self.ids += sample.input_ids
+        else:
+            self.stretch_counts.append(0)
 
     def arrays(self) -> dict[str, Any]:
         """The fields of Rendered that tell of samples."""
-        kinds, lengths = np.array(self.span_kinds, np.int64), np.array(self.span_lengths, np.int64)
         samples = len(self.turn)
-        sample_of = np.repeat(np.arange(samples), np.array(self.span_counts, np.int64))
-        by_kind = np.bincount(sample_of * len(KINDS) + kinds, lengths, samples * len(KINDS))
-        weight = np.where(kinds == TRAINED, np.array(self.span_weights, np.float32), np.float32(0))
+        sample_of = np.repeat(np.arange(samples), np.array(self.stretch_counts, np.int64))
+        table = np.array(self.stretches, np.float64).reshape(-1, len(Stretch._fields))
+        kind, before, length, after = table[:, :4].astype(np.int64).T
+        by_kind = np.bincount(sample_of * len(KINDS) + kind, length, samples * len(KINDS)).reshape(samples, len(KINDS))
+        by_kind[:, TEMPLATE] += np.bincount(sample_of, before + after, samples)
+        is_trained = kind == TRAINED
+        weight = np.where(is_trained, table[:, 4], 0).astype(np.float32)
+        # of the template, of the stretch, of the template
+        parts = np.stack([before, length, after], axis=1).ravel()
+        nothing = np.zeros_like(weight)
+        weights = np.repeat(np.stack([nothing, weight, nothing], axis=1).ravel(), parts)
         ids = np.array(self.ids, np.int32)
-        weights = np.repeat(weight, lengths)
-        is_weighted = bool(((weight != 1) & (kinds == TRAINED)).any())
         return {
             "conversation": np.array(self.conversation, np.int64),
             "turn": np.array(self.turn, np.int64),
             "fate": np.array(self.fate, np.int8),
             "rendered": np.array(self.rendered, np.int64),
-            "kinds": by_kind.astype(np.int64).reshape(samples, len(KINDS)),
-            "targets": np.bincount(sample_of, weight.astype(np.float64) * lengths, samples),
+            "kinds": by_kind.astype(np.int64),
+            "targets": np.bincount(sample_of, weight.astype(np.float64) * length, samples),
             "input_ids": ids,
-            "labels": np.where(np.repeat(kinds == TRAINED, lengths), ids, np.int32(NOT_TRAINED)),
-            "weights": weights if is_weighted else None,
+            "labels": np.where(weights > 0, ids, np.int32(NOT_TRAINED)),
+            "weights": weights if (weight[is_trained] != 1).any() else None,
         }
-
-
-def is_trained(sample: Sample) -> bool:
-    return any(kind == TRAINED and length for kind, length, _ in sample.spans)
 
 
 def too_long(conversation: Conversation, length: int, recipe: Recipe) -> Bad:

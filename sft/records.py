@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import lru_cache
 from typing import Any, Literal
 
 from sft.conversation import BadRecord, Conversation, Message, kind, text_of
-from sft.errors import UserError, listed
+from sft.errors import UserError
 from sft.json_records import decoded_line
 from sft.messages import LOST_OF_RECORDS, messages_of, refuse, refuse_any, tools_of
-from sft.sources import RawRecord, Source, raw_records
+from sft.sources import RawRecord
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "dolly", "text"]
 
@@ -91,7 +91,7 @@ def read_record(raw: RawRecord, options: ReadOptions, source: int) -> Conversati
         formats = {FORMAT_OF_FIELD[name] for name in options.fields if name in FORMAT_OF_FIELD}
         if wanted == "auto" and len(formats) == 1:
             wanted = formats.pop()
-    found = recognised(value) if wanted == "auto" else wanted
+    found = recognised(tuple(value)) if wanted == "auto" else wanted
     tools = tools_of(value["tools"]) if "tools" in value else ()
     if found == "text":
         if tools:
@@ -103,8 +103,9 @@ def read_record(raw: RawRecord, options: ReadOptions, source: int) -> Conversati
     return Conversation(messages, None, tools, source, raw.record, raw.line, group)
 
 
-def recognised(record: dict[str, Any]) -> Format:
-    """The one format that the record can be read as; BadRecord where there is none, or several."""
+@lru_cache(maxsize=256)
+def recognised(record: tuple[str, ...]) -> Format:
+    """The one format that a record with these keys can be read as; BadRecord where there is none, or several."""
     candidates = [key for key in LIST_KEYS if key in record]
     prompts = [key for key in PROMPT_KEYS if key in record]
     completions = [key for key in COMPLETION_KEYS if key in record]
@@ -123,7 +124,7 @@ def recognised(record: dict[str, Any]) -> Format:
     return "prompt_completion"
 
 
-def missing(record: dict[str, Any], what: str) -> BadRecord:
+def missing(record: Iterable[str], what: str) -> BadRecord:
     keys = list(record)
     names = ", ".join(map(reprlib.repr, keys[:6])) + (" ..." if len(keys) > 6 else "")
     return BadRecord(
@@ -243,46 +244,3 @@ def oddities(conversation: Conversation) -> tuple[str, ...]:
     if before == "user":
         found["user_last"] = True
     return tuple(found)
-
-
-class Problems:
-    """Collects what is wrong with the input and complains once: when asked, or as soon as there is plenty."""
-
-    PLENTY = 10
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def add(self, problem: str) -> None:
-        self.found.append(problem)
-        if len(self.found) == self.PLENTY:
-            raise listed(f"the input cannot be used (the first {self.PLENTY} problems):", self.found)
-
-    def complain(self) -> None:
-        if self.found:
-            raise listed("the input cannot be used:", self.found)
-
-
-def read_conversations(
-    path: str | Path,
-    source: int = 0,
-    *,
-    problems: Problems | None = None,
-    advance: Callable[[int], object] = lambda count: None,
-) -> Iterator[Conversation]:
-    """The conversations of one file, in order. What is wrong goes to `problems` and is skipped; without that list,
-    a UserError with all of it ends the iteration. `advance` is told of every stretch of bytes that has been read."""
-    found = Problems() if problems is None else problems
-    options = ReadOptions()
-    try:
-        for raw in raw_records(Source(str(path), Path(path)), advance=advance):
-            try:
-                conversation = read_record(raw, options, source)
-            except BadRecord as error:
-                found.add(f"{path}:{raw.line}: {error}")
-            else:
-                yield conversation
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; name a file of JSON lines or a JSON array") from error
-    if problems is None:
-        found.complain()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import multiprocessing
 import sys
 from collections import deque
@@ -33,20 +35,13 @@ class Workers:
         """
         waiting: deque[Future[Result]] = deque()
         source = iter(items)
-        if self.count == 1:
-            for item in source:
+        first = list(itertools.islice(source, 2))
+        if self.count == 1 or len(first) < 2:
+            for item in itertools.chain(first, source):
                 yield function(self.state, item)
             return
-        first = next(source, None)
-        second = next(source, None)
-        if second is None:
-            if first is not None:
-                yield function(self.state, first)
-            return
         try:
-            for item in (first, second):
-                waiting.append(self.pool.submit(_call, function, item))
-            for item in source:
+            for item in itertools.chain(first, source):
                 if len(waiting) == 2 * self.count:
                     yield waiting.popleft().result()
                 waiting.append(self.pool.submit(_call, function, item))
@@ -81,6 +76,7 @@ class Workers:
 def _set_state(state: Any) -> None:
     global _state  # noqa: PLW0603  # what makes a worker of a process
     _state = state
+    gc.disable()  # a chunk makes many objects and no cycles
 
 
 def _call(function: Callable[[Any, Item], Result], item: Item) -> Result:

@@ -26,6 +26,10 @@ def tiny(tmp_path_factory):
     return load_tokenizer(save_tiny_tokenizer(tmp_path_factory.mktemp("tiny"), nfc=False))
 
 
+def ends_of(sample):
+    return list(itertools.accumulate(stretch.tokens for stretch in sample.stretches))
+
+
 def conversation(*messages, tools=()):
     return Conversation(tuple(Message(*message) for message in messages), tools=tools)
 
@@ -46,7 +50,7 @@ def test_control_tokens_are_only_where_the_template_puts_them(tiny, messages):
     sample = rendered(conversation(*messages), tiny)
     expected = [tiny.im_start, tiny.im_end] * len(messages)
     assert [i for i in sample.input_ids if i in tiny.control.values()] == expected
-    assert [sample.input_ids[end.tokens - 2] for end in sample.ends] == [tiny.im_end] * len(messages)
+    assert [sample.input_ids[end - 2] for end in ends_of(sample)] == [tiny.im_end] * len(messages)
 
 
 @given(messages=MESSAGES)
@@ -119,7 +123,7 @@ def test_a_batch_gives_what_each_conversation_gives_alone(tiny):
 def test_cutting_removes_whole_turns_until_the_last_is_an_assistant_turn(tiny):
     messages = [("user", "a"), ("assistant", "b"), ("user", "c"), ("user", "d"), ("assistant", "e"), ("user", "f")]
     sample = rendered(conversation(*messages), tiny)
-    ends = [end.tokens for end in sample.ends]
+    ends = ends_of(sample)
     for block_size in range(1, len(sample.input_ids)):
         shorter = cut(sample, block_size)
         kept = max((count for count in (2, 5) if ends[count - 1] <= block_size), default=0)
@@ -151,8 +155,8 @@ def test_the_last_turn_alone_is_trained_where_that_is_asked_for(tiny):
 def test_weights_stand_on_the_content_and_end_of_their_message(tiny):
     messages = (Message("user", "a"), Message("assistant", "hat", weight=0.5), Message("assistant", "cat", weight=0.0))
     sample = rendered(Conversation(messages), tiny)
-    trained = [span for span in sample.spans if KINDS[span.kind] == "trained"]
-    assert [(span.length, span.weight) for span in trained] == [(len(tiny.encode("hat")) + 1, 0.5)]
+    trained = [stretch for stretch in sample.stretches if KINDS[stretch.kind] == "trained"]
+    assert [(stretch.length, stretch.weight) for stretch in trained] == [(len(tiny.encode("hat")) + 1, 0.5)]
 
 
 def test_all_tokens_but_the_first_and_tool_results_are_trained_where_that_is_asked_for(tiny):
@@ -175,8 +179,7 @@ def test_reasoning_makes_one_sample_per_trained_turn_in_the_template_that_knows_
     history = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nParis.<|im_end|>\n<|im_start|>user\nb<|im_end|>\n"
     supplied = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert tiny.decode(second.input_ids, skip_control=False) == history + supplied + "cat<|im_end|>\n"
-    repeated = sum(end.tokens for end in second.ends[1:2])
-    assert [second.count(KINDS.index("repeated_history"))] == [repeated]
+    assert [KINDS[stretch.kind] for stretch in second.stretches] == ["repeated_history"] * 2 + ["user", "trained"]
 
 
 def test_reasoning_is_left_out_by_the_template_that_does_not_know_it(tiny):
@@ -202,14 +205,14 @@ CHOICES = st.fixed_dictionaries(
 
 
 @given(messages=KIND_MESSAGES, tools=st.sampled_from([(), ("{}",)]), choices=CHOICES)
-def test_spans_cover_every_sample_and_its_text_is_that_of_the_template(tiny, messages, tools, choices):
+def test_stretches_cover_every_sample_and_its_text_is_that_of_the_template(tiny, messages, tools, choices):
     for sample in render(Conversation(messages, tools=tools), tiny, **choices):
-        assert sum(span.length for span in sample.spans) == len(sample.input_ids) == len(sample.labels)
+        assert ends_of(sample)[-1] == len(sample.input_ids) == len(sample.labels)
         turn = [sample.turn] if sample.turn >= 0 else []
         text = text_of_blocks((blocks_of_turn if turn else blocks_of)(messages, tools, choices["template"], *turn))
         assert tiny.decode(sample.input_ids, skip_control=False) == text
         assert [i for i in sample.input_ids if i in tiny.control.values()] == [tiny.im_start, tiny.im_end] * len(
-            sample.ends
+            sample.roles
         )
         assert sample.labels[0] == NOT_TRAINED
 

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,7 +111,7 @@ def test_the_split_is_a_function_of_seed_and_content(tokenizer_file):
     assert 0.16 < np.mean(chosen(1, 0.2)) < 0.24
     assert chosen(1, 0.2) != chosen(2, 0.2)
     assert not any(chosen(1, 0.0))
-    elsewhere = [replace(conversation, record=9, line=9, source=1) for conversation in conversations]
+    elsewhere = [conversation._replace(record=9, line=9, source=1) for conversation in conversations]
     assert chosen(1, 0.2, elsewhere) == chosen(1, 0.2)
     # growing the fraction only adds
     assert all(later or not earlier for earlier, later in zip(chosen(1, 0.2), chosen(1, 0.4), strict=True))

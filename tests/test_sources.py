@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import tracemalloc
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +44,7 @@ def raws(path, **options):
 
 def conversations(path):
     """What is read, without where it was found."""
-    return [replace(read_record(raw, ReadOptions(), 0), record=0, line=0) for raw in raws(path)]
+    return [read_record(raw, ReadOptions(), 0)._replace(record=0, line=0) for raw in raws(path)]
 
 
 @pytest.fixture
