@@ -1,7 +1,7 @@
 """Conversations that occur more than once: exactly, by a digest of the content, or nearly, by the phrases they share.
 
 Memory: `Seen` holds at most 32 bytes a digest. `find_leaks` holds 32 bytes a validation conversation, and nothing of
-the training ones; with `near` about 8 bytes a word of validation text and 9 KB a validation conversation besides.
+the training ones; with `near` about 7 KB a validation conversation besides (a hundred words; 8 bytes a word beyond).
 """
 
 from __future__ import annotations
