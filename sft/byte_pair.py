@@ -38,7 +38,7 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 # Texts of fewer characters cannot hold what takes tiktoken's or Python's code long, and are not searched for it.
 SHORT = 1_000
 # tiktoken's regular expressions overflow a stack at a million white space characters in a row.
-WHITE_SPACE_RUN = re.compile(r"\s(?<!\s\s)\s{99999}")
+WHITE_SPACE_RUN = re.compile(r"\s(?<!\s\s)\s{899999}")
 # Python sorts combining marks, of which some text has thousands in a row, in quadratic time. None is a \w or a \s.
 MARKS_RUN = re.compile(r"[^\w\s][^\w\s]{99}")
 
@@ -111,7 +111,7 @@ class TiktokenEncoder:
 
     def encode_by_reference(self, text: str) -> list[int]:
         if self.reference is None:
-            raise UserError("100,000 white space characters in a row; remove them, or use a tokenizer.json")
+            raise UserError("900,000 white space characters in a row; remove them, or use a tokenizer.json")
         return self.reference.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
