@@ -35,6 +35,15 @@ QWEN3_PATTERN = (
 )
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+# A look-ahead keeps tiktoken from its fast regular expressions. This one matters only to white space other than line
+# ends: of two or more such characters before something else it leaves the last to what follows. Where text is cut there
+# beforehand, and encoded part by part, the pattern without it finds the same pieces.
+LOOK_AHEAD = r"|\s+(?!\S)"
+RARE_BLANKS = "\t\v\f\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+RARE_BLANK = re.compile(f"[{RARE_BLANKS}]")
+BLANKS = re.compile(f"[ {RARE_BLANKS}][ {RARE_BLANKS}]+(?=[^ \r\n{RARE_BLANKS}])")
+SPACES = re.compile(r"  +(?=[^ \r\n])")  # the same where no other blanks are, and much faster
+
 # Texts of fewer characters cannot hold what takes tiktoken's or Python's code long, and are not searched for it.
 SHORT = 1_000
 # tiktoken's regular expressions overflow a stack at a million white space characters in a row.
@@ -89,25 +98,49 @@ class TiktokenEncoder:
         nfc: bool,
         reference: Encoder | None = None,  # for the few texts that tiktoken cannot encode
     ):
+        self.cuts = pattern == QWEN3_PATTERN
+        pattern = pattern.replace(LOOK_AHEAD, "") if self.cuts else pattern
         self.encoding = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
         self.matched = dict(matched)
         longest_first = sorted(self.matched, key=len, reverse=True)
         self.added = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self.first_characters = {token[0] for token in self.matched}
         self.nfc = nfc
         self.reference = reference
 
     def encode(self, text: str) -> list[int]:
         if len(text) >= SHORT and WHITE_SPACE_RUN.search(text):
             return self.encode_by_reference(text)
-        if self.added.search(text) is None:
+        if not self.may_match(text):
             return self.encode_stretch(text)
         ids: list[int] = []
         for i, part in enumerate(self.added.split(text)):
             ids += [self.matched[part]] if i % 2 else self.encode_stretch(part)  # odd: what the parentheses caught
         return ids
 
+    def may_match(self, text: str) -> bool:
+        """Whether an added token is in the text; most texts lack even the character with which they begin."""
+        for first in self.first_characters:
+            if first in text:
+                return self.added.search(text) is not None
+        return False
+
     def encode_stretch(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text if text.isascii() or not self.nfc else nfc(text))
+        is_ascii = text.isascii()
+        if self.nfc and not is_ascii:
+            text = nfc(text)
+        encode = self.encoding.encode_ordinary
+        if not self.cuts:
+            return encode(text)
+        is_rare = ("\t" in text or "\v" in text or "\f" in text) if is_ascii else RARE_BLANK.search(text) is not None
+        if not is_rare and "  " not in text:
+            return encode(text)
+        ids: list[int] = []
+        start = 0
+        for run in (BLANKS if is_rare else SPACES).finditer(text):
+            ids += encode(text[start : run.end() - 1])
+            start = run.end() - 1
+        return ids + encode(text[start:])
 
     def encode_by_reference(self, text: str) -> list[int]:
         if self.reference is None:

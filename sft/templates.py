@@ -58,7 +58,8 @@ def blocks_of(messages: Sequence[Message], tools: Sequence[str], template: Templ
             if template == "qwen3":
                 is_last = index == len(messages) - 1
                 opening, content = with_thought(message, after_question=index > last_question, is_last=is_last)
-            content += calls_text(message, has_content=bool(content_of(message, template)))
+            if message.tool_calls:
+                content += calls_text(message, has_content=bool(content_of(message, template)))
         elif role == "tool":
             content = f"<tool_response>\n{content}\n</tool_response>"
             if blocks and index and messages[index - 1].role == "tool":
