@@ -7,7 +7,7 @@ PYTHONPATH=. OMP_NUM_THREADS=1 python bench/bad_inputs.py --tokenizer=qwen3
 Each input is one of the list that the tests hold us to: a file in which one thing is wrong, mostly between two good
 records, which for TRL are of the bad one's format, since it cannot mix them. TRL reads it as its users do:
 datasets.load_dataset, then SFTTrainer over a model of a few weights, which prepares the data and no more. An input is
-refused with its place   where the message names the line or row (`place`),
+refused with its place   where the message names the line or row,
 refused                  where there is an exception without it, or the process dies,
 accepted                 where the trainer would have started.
 """

@@ -10,7 +10,7 @@ since prepare_sft.py drops duplicates. All three read that very file and have th
 ours   prepare_sft.py, from the file to arrays on disk; its start-up and its audit are told apart
 TRL    datasets.map(num_proc=2) over apply_chat_template with return_assistant_tokens_mask, as TRL's trainer does it,
        with the template that TRL ships for training; reading the file is not counted, nor are labels made of the masks
-bare   tiktoken's encode_ordinary over the strings between control tokens, without any use of the ids
+bare   tiktoken's encode_ordinary with the published pattern over the strings between control tokens; no use of the ids
 
 Rates are in tokens of whole conversations for all three. Ids and labels are then compared: TRL's template trains the
 line break after <|im_end|> too, which ours does not, so that it is taken out; conversations whose answer begins with a
@@ -36,8 +36,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tiktoken
 
 from bench.packing import processor
+from sft.byte_pair import QWEN3_PATTERN
 from sft.chatml import NOT_TRAINED
 from sft.config import load_settings
 from sft.errors import UserError, run_program
@@ -55,7 +57,7 @@ class PrepareBenchmark:
     """Every knob of this benchmark."""
 
     input: str  # JSON lines with question and answer
-    tokenizer: str  # folder with a tokenizer.json that tiktoken can run
+    tokenizer: str  # folder with Qwen3's tokenizer.json
     megabytes: float = 50  # the input is repeated up to so many
     processes: int = 2  # of each contestant, on so many cores
     repeats: int = 3  # of every contestant, taking turns; medians are told
@@ -143,6 +145,15 @@ def trl_conversations(dataset: Any, tokenizer: Tokenizer) -> Conversations:
     return Conversations(input_ids, np.where(trained, input_ids, NOT_TRAINED), offsets)
 
 
+def bare_encoding(tokenizer: Tokenizer, strings: list[str]) -> tiktoken.Encoding:
+    """tiktoken as its users have it. UserError where that is not this tokenizer."""
+    ranks = {token: i for i, token in tokenizer.token_bytes.items() if i < min(tokenizer.control.values())}
+    encoding = tiktoken.Encoding("bare", pat_str=QWEN3_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    if any(encoding.encode_ordinary(text) != tokenizer.encode(text) for text in strings):
+        raise UserError(f"{tokenizer.path}: not Qwen3's tokenizer, which this comparison is made for")
+    return encoding
+
+
 def bare_seconds(strings: list[str], encode: Callable[[str], list[int]], processes: int) -> float:
     """From the moment when all processes are ready until the last one is done."""
     context = multiprocessing.get_context("fork")  # which hands on the strings and the tokenizer
@@ -183,10 +194,8 @@ def measure(settings: PrepareBenchmark, folder: Path) -> dict[str, Any]:
     path, out_dir = folder / "conversations.jsonl", folder / "prepared"
     write_repeated(Path(settings.input), path, int(settings.megabytes * 1e6))
     tokenizer = load_tokenizer(settings.tokenizer)
-    if tokenizer.backend != "tiktoken":
-        raise UserError(f"{settings.tokenizer}: not a tokenizer that tiktoken can run")
     strings = [text for record in read_records(path) for text in (f"user\n{record['question']}", record["answer"])]
-    encode = tokenizer.encoder.encoding.encode_ordinary  # type: ignore[attr-defined]
+    encode = bare_encoding(tokenizer, strings[:1000]).encode_ordinary
     trl_map = TrlMap(path, settings.tokenizer, folder / "cache", settings.processes)
     seconds: dict[str, list[float]] = {name: [] for name in (OURS, TRL, BARE, *APART)}
     for _ in range(settings.repeats):
