@@ -41,8 +41,8 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 LOOK_AHEAD = r"|\s+(?!\S)"
 RARE_BLANKS = "\t\v\f\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 RARE_BLANK = re.compile(f"[{RARE_BLANKS}]")
-BLANKS = re.compile(f"[ {RARE_BLANKS}][ {RARE_BLANKS}]+(?=[^ \r\n{RARE_BLANKS}])")
-SPACES = re.compile(r"  +(?=[^ \r\n])")  # the same where no other blanks are, and much faster
+BLANKS = re.compile(f"[ {RARE_BLANKS}]{{2,}}")
+SPACES = re.compile(" {2,}")  # the same where no other blanks are, and much faster
 
 # Texts of fewer characters cannot hold what takes tiktoken's or Python's code long, and are not searched for it.
 SHORT = 1_000
@@ -138,8 +138,10 @@ class TiktokenEncoder:
         ids: list[int] = []
         start = 0
         for run in (BLANKS if is_rare else SPACES).finditer(text):
-            ids += encode(text[start : run.end() - 1])
-            start = run.end() - 1
+            cut = run.end() - 1
+            if text[cut + 1 : cut + 2] not in ("", "\r", "\n"):
+                ids += encode(text[start:cut])
+                start = cut
         return ids + encode(text[start:])
 
     def encode_by_reference(self, text: str) -> list[int]:
