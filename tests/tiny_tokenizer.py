@@ -11,7 +11,7 @@ OTHER = ["<think>", "</think>"]
 TEXTS = ["system user assistant", "What is the capital of France? It is Paris.", "the cat and the hat sat on the mat"]
 
 
-def tiny_library_tokenizer(*, nfc: bool = True, control: list[str] = CONTROL) -> Tokenizer:
+def tiny_library_tokenizer(*, nfc: bool = True, control: list[str] = CONTROL, texts: list[str] = TEXTS) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -23,7 +23,7 @@ def tiny_library_tokenizer(*, nfc: bool = True, control: list[str] = CONTROL) ->
     trainer = trainers.BpeTrainer(
         vocab_size=320, special_tokens=control, initial_alphabet=alphabet, show_progress=False, min_frequency=1
     )
-    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in OTHER])
     return tokenizer
 
