@@ -1,4 +1,5 @@
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from sft.chatml import render
 from sft.conversation import Conversation, Message
 from sft.errors import UserError
+from sft.templates import JINJA_NAME, jinja_file
 from sft.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 from tests.tiny import tiny_model
@@ -138,3 +140,17 @@ def test_the_program_exits_with_2_and_one_message(tmp_path: Path):
     )
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path / 'ckpt.pt'}: no such checkpoint; name a ckpt_*.pt file\n"
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_the_template_beside_the_checkpoint_makes_the_prompt(run: Path, tmp_path: Path, monkeypatch, thinking: bool):
+    folder = shutil.copytree(run, tmp_path / "run")
+    shutil.copyfile(jinja_file("qwen3"), folder / JINJA_NAME)
+    prompts = []
+    monkeypatch.setattr(chat, "stream", lambda model, ids, **choices: prompts.append(ids) or iter([stop]))
+    tokenizer = load_tokenizer(folder)
+    stop = tokenizer.im_end
+    chat.main([str(folder), "--prompt=hi", f"--thinking={thinking}"])
+    block = "" if thinking else "<think>\n\n</think>\n\n"
+    expected = f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{block}"
+    assert [tokenizer.decode(ids, skip_control=False) for ids in prompts] == [expected]

@@ -19,6 +19,7 @@ from sft.conversation import BadRecord, Message, text_of
 from sft.errors import UserError, run_program
 from sft.generate import stream
 from sft.pretrained import checkpoint_file, is_hugging_face_folder
+from sft.templates import TemplateName, template_in
 from sft.tokenizer import Tokenizer, load_tokenizer
 
 USAGE = "python tools/chat.py CKPT [--name=value ...]"
@@ -29,6 +30,7 @@ class ChatSettings:
     prompt: str | None = None  # one question, answered and done; None = a dialogue until Ctrl-D
     system: str | None = None  # what a system message tells the model first
     tokenizer: str | None = None  # tokenizer.json, *.tiktoken or their folder; None = beside the checkpoint
+    thinking: bool = False  # let a model trained with --template=qwen3 reason before it answers
     temperature: float | None = 0.7  # below 1 keeps to likelier tokens; None = always the likeliest
     top_k: int | None = None  # draw among the k likeliest tokens
     top_p: float | None = 0.95  # draw among the likeliest tokens that together reach this probability
@@ -61,15 +63,16 @@ def main(argv: list[str]) -> None:
     settings = load_settings(ChatSettings, argv if is_help else argv[1:], usage=USAGE).settings
     be_lenient_with_encodings()
     model, tokenizer = load_model_and_tokenizer(Path(argv[0]), settings)
+    template = template_in(tokenizer.path.parent)
     opening = [] if settings.system is None else [Message("system", settings.system)]
     if settings.prompt is not None:
-        answer(model, tokenizer, [*opening, Message("user", settings.prompt)], settings)
+        answer(model, tokenizer, [*opening, Message("user", settings.prompt)], settings, template)
         return
     history = list(opening)
     for question in questions():
         try:
             history.append(Message("user", text_of(question, "the line")))
-            history.append(Message("assistant", answer(model, tokenizer, history, settings)))
+            history.append(Message("assistant", answer(model, tokenizer, history, settings, template)))
         except BadRecord as error:
             print(error)
         except UserError as error:  # more than the model has positions for
@@ -123,7 +126,13 @@ def questions() -> Iterator[str]:
             yield line
 
 
-def answer(model: ConfigurableGPT, tokenizer: Tokenizer, messages: Sequence[Message], settings: ChatSettings) -> str:
+def answer(
+    model: ConfigurableGPT,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    settings: ChatSettings,
+    template: TemplateName = "chatml",
+) -> str:
     """Print the model's next message as it comes, and return it."""
     stops = {tokenizer.im_end, tokenizer.pad}  # a base model ends its documents with the latter
     ids: list[int] = []
@@ -131,7 +140,7 @@ def answer(model: ConfigurableGPT, tokenizer: Tokenizer, messages: Sequence[Mess
     def growing() -> Iterator[str]:
         for token in stream(
             model,
-            prompt_ids(messages, tokenizer),
+            prompt_ids(messages, tokenizer, template=template, thinking=settings.thinking),
             max_new_tokens=settings.max_new_tokens,
             stop_ids=stops,
             temperature=settings.temperature,
