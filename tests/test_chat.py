@@ -81,9 +81,12 @@ def test_a_character_that_the_terminal_cannot_show_becomes_a_question_mark(run: 
 
 def test_a_system_message_goes_first(run: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[list[str]] = []
-    monkeypatch.setattr(
-        chat, "prompt_ids", lambda messages, tokenizer: seen.append([m.role for m in messages]) or tokenizer.encode("x")
-    )
+
+    def prompt_ids(messages, tokenizer, **choices):
+        seen.append([message.role for message in messages])
+        return tokenizer.encode("x")
+
+    monkeypatch.setattr(chat, "prompt_ids", prompt_ids)
     chat.main([str(run), "--system=Be brief.", "--prompt=hi", "--max_new_tokens=1"])
     assert seen == [["system", "user"]]
 
