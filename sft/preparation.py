@@ -20,7 +20,7 @@ from sft.conversation import BadRecord, Conversation, Message
 from sft.duplicates import content_digest
 from sft.records import ReadOptions, oddities, read_record
 from sft.sources import RawRecord, Source, raw_records
-from sft.templates import TemplateName, content_of, reasoning_of
+from sft.templates import TemplateName, content_of, is_question, reasoning_of
 from sft.tokenizer import Tokenizer
 
 TooLong = Literal["drop", "cut", "split", "error"]
@@ -239,12 +239,14 @@ def noticed(conversation: Conversation, recipe: Recipe) -> Iterator[str]:
     yield from oddities(conversation)
     if recipe.tokenizer.spells_control("\n".join(spoken(conversation))):
         yield "spells_control"
+    asked = False
     for message in conversation.messages:
+        asked = asked or is_question(message)
         if message.role == "assistant":
             if recipe.template == "chatml" and message.reasoning:
                 yield "reasoning_not_in_template"
                 return
-            if recipe.template == "qwen3" and message.reasoning is None and loses_text(message):
+            if recipe.template == "qwen3" and loses_text(message, asked=asked):
                 yield "changed_by_template"
                 return
 
@@ -263,9 +265,12 @@ def spoken(conversation: Conversation) -> Iterator[str]:
             yield call.arguments
 
 
-def loses_text(message: Message) -> bool:
-    """Whether the template qwen3 leaves out more of the content than newlines around the reasoning."""
-    if "</think>" not in message.content:
+def loses_text(message: Message, *, asked: bool) -> bool:
+    """Whether the template qwen3 leaves out more of an answer than newlines around the reasoning: the reasoning where
+    nobody has asked, and whatever stands around the think block of a content."""
+    if not asked and reasoning_of(message):
+        return True
+    if message.reasoning is not None or "</think>" not in message.content:
         return False
     left = f"<think>{reasoning_of(message)}</think>{content_of(message, 'qwen3')}"
     return left.replace("\n", "") != message.content.replace("\n", "")

@@ -112,11 +112,14 @@ def last_question_of(messages: Sequence[Message]) -> int:
     """Index of the last thing that a user asked; the last message where nobody asked. Tool results sent as user
     messages are none."""
     for index in range(len(messages) - 1, -1, -1):
-        role, content = messages[index][:2]
-        is_result = content.startswith("<tool_response>") and content.endswith("</tool_response>")
-        if role == "user" and not is_result:
+        if is_question(messages[index]):
             return index
     return len(messages) - 1
+
+
+def is_question(message: Message) -> bool:
+    role, content = message[:2]
+    return role == "user" and not (content.startswith("<tool_response>") and content.endswith("</tool_response>"))
 
 
 def reasoning_of(message: Message) -> str:
