@@ -1,10 +1,14 @@
 """Every command of the README runs, on stand-ins of what it names and at a reduced size."""
 
+import gzip
 import importlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +29,28 @@ SMALL += ["--device=cpu", "--dtype=float32", "--compile=false"]
 NAMED_LOG = "run_20250101_120000.json"
 
 
-def write_conversations(*paths: Path) -> None:
-    lines = [json.dumps({"question": f"what is the cat {n}", "answer": f"the cat sat on {n}"}) for n in range(40)]
-    for path in paths:
-        path.write_text("\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]")
+def conversations(name: str) -> list[dict[str, Any]]:
+    return [
+        {"question": f"what is the cat {n} of {name}", "answer": f"the cat sat on {n}", "meta": {"book": n // 4}}
+        for n in range(40)
+    ]
+
+
+def write_conversations() -> None:
+    """Every input that the commands name."""
+    for name in ("conversations.jsonl", "first.jsonl"):
+        Path(name).write_text("\n".join(map(json.dumps, conversations(name))))
+    Path("second.json").write_text(json.dumps(conversations("second")))
+    with gzip.open("more.jsonl.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, conversations("more"))))
+    Path("raw").mkdir()
+    Path("raw/mixed.jsonl").write_text("\n".join(["this is not JSON", *map(json.dumps, conversations("raw"))]))
+
+
+def write_table() -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"ask": record["question"], "reply": record["answer"]} for record in conversations("table")]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), "table.parquet")
 
 
 def save_base(path: Path, vocab_size: int) -> None:
@@ -49,7 +71,9 @@ def workplace(tmp_path, monkeypatch):
     """A current folder with everything that the README's commands name."""
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(ROOT / "configs")
-    write_conversations(*map(Path, ("conversations.jsonl", "first.jsonl", "second.json")))
+    pytest.importorskip("datasketch")
+    write_conversations()
+    write_table()
     vocab_size = load_tokenizer(save_tiny_tokenizer(tmp_path)).vocab_size
     save_base(Path("out/qwen3-1.8b-base/ckpt.pt"), vocab_size)
     save_base(Path("out/demo-base/ckpt.pt"), vocab_size)
@@ -93,6 +117,18 @@ def run(command: list[str]) -> None:
     if command[script] == "tools/chat.py":
         argv = [*argv, "--prompt=what is the cat", "--max_new_tokens=8"]
     importlib.import_module(command[script].removesuffix(".py").replace("/", ".")).main(argv)
+
+
+@pytest.mark.usefixtures("workplace")
+def test_the_pipes_of_the_readme_run():
+    pipes = re.findall(r"^zcat .* \| python .*$", readme(), flags=re.MULTILINE)
+    assert pipes
+    for pipe in pipes:
+        here = pipe.replace("python prepare_sft.py", f"{sys.executable} {ROOT / 'prepare_sft.py'}")
+        subprocess.run(["bash", "-euo", "pipefail", "-c", here], check=True, timeout=120)
+        meta = json.loads(Path("data/mixed/meta.json").read_text())
+        sources = {source["path"]: (source["weight"], source["records"]) for source in meta["sources"]}
+        assert sources == {"first.jsonl": (0.7, 40), "second.json": (2.0, 40), "standard input": (1.0, 40)}
 
 
 @pytest.mark.usefixtures("workplace")
