@@ -9,7 +9,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 # The regular expressions of tokenizers give up on long runs of white space (tiktoken at 999,999); two may be joined.
 LONGEST_BLANK = 400_000
-BLANK = re.compile(rf"\s{{{LONGEST_BLANK + 1}}}")
+BLANK = re.compile(rf"\s(?<!\s\s)\s{{{LONGEST_BLANK}}}")  # tried at the beginning of a run alone, hence in linear time
 
 
 class ToolCall(NamedTuple):

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -164,7 +165,7 @@ class Fitted:
     turn: list[int] = field(default_factory=list)
     fate: list[int] = field(default_factory=list)
     rendered: list[int] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
+    ids: list[list[int]] = field(default_factory=list)  # of each sample that is kept
     stretches: list[Stretch] = field(default_factory=list)
     stretch_counts: list[int] = field(default_factory=list)  # of each sample
     errors: list[tuple[int, int]] = field(default_factory=list)  # conversation, its length
@@ -197,7 +198,7 @@ class Fitted:
         if fate == KEPT:
             self.stretch_counts.append(len(sample.stretches))
             self.stretches += sample.stretches
-            self.ids += sample.input_ids
+            self.ids.append(sample.input_ids)
         else:
             self.stretch_counts.append(0)
 
@@ -215,7 +216,7 @@ class Fitted:
         parts = np.stack([before, length, after], axis=1).ravel()
         nothing = np.zeros_like(weight)
         weights = np.repeat(np.stack([nothing, weight, nothing], axis=1).ravel(), parts)
-        ids = np.array(self.ids, np.int32)
+        ids = np.fromiter(chain.from_iterable(self.ids), np.int32, sum(map(len, self.ids)))
         return {
             "conversation": np.array(self.conversation, np.int64),
             "turn": np.array(self.turn, np.int64),
@@ -237,7 +238,7 @@ def too_long(conversation: Conversation, length: int, recipe: Recipe) -> Bad:
 def noticed(conversation: Conversation, recipe: Recipe) -> Iterator[str]:
     """What is worth a word about a conversation that is used all the same."""
     yield from oddities(conversation)
-    if recipe.tokenizer.spells_control("\n".join(spoken(conversation))):
+    if any(map(recipe.tokenizer.spells_control, spoken(conversation))):
         yield "spells_control"
     asked = False
     for message in conversation.messages:

@@ -64,11 +64,15 @@ class Workers:
         return self._pool
 
     def __enter__(self) -> Workers:
+        self._collects = gc.isenabled()
+        gc.disable()  # a chunk makes many objects and no cycles; forked processes begin like this
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._collects:
+            gc.enable()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -76,7 +80,7 @@ class Workers:
 def _set_state(state: Any) -> None:
     global _state  # noqa: PLW0603  # what makes a worker of a process
     _state = state
-    gc.disable()  # a chunk makes many objects and no cycles
+    gc.disable()
 
 
 def _call(function: Callable[[Any, Item], Result], item: Item) -> Result:

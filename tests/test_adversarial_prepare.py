@@ -20,8 +20,8 @@ def prepare(tmp_path):
             file.write_bytes(records)
         else:
             file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        arguments = [f"--input={file}", f"--tokenizer={tokenizer}", f"--out_dir={tmp_path / 'data'}", "--val_fraction=0"]
-        prepare_sft.main([*arguments, "--workers=1", *more])
+        arguments = [f"--input={file}", f"--tokenizer={tokenizer}", f"--out_dir={tmp_path / 'data'}"]
+        prepare_sft.main([*arguments, "--val_fraction=0", "--workers=1", *more])
         return open_prepared(tmp_path / "data")
 
     return run
