@@ -6,12 +6,11 @@ import re
 import pytest
 
 import prepare_sft
-from sft import preparation
 from sft.arrays import open_prepared
 from sft.errors import UserError
 from tests.bad_inputs import BAD_INPUTS, GOOD
 from tests.test_house import readme
-from tests.test_prepare import MANY, tokenizer_file  # noqa: F401  # a fixture
+from tests.test_prepare import tokenizer_file  # noqa: F401  # a fixture
 
 ASK, SAY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
@@ -94,13 +93,3 @@ def test_the_printed_ledger_is_the_one_of_the_readme(shared, tmp_path, capsys):
     prepare_sft.main(here.replace("=data/gsm8k", f"={tmp_path}").split()[2:])
     printed = [text for text in capsys.readouterr().out.splitlines() if not text.startswith("phases")]
     assert "\n".join(printed).replace(str(tmp_path), "data/gsm8k") + "\n" == shown[1]
-
-
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path, tokenizer_file, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(preparation, "CHUNK_RECORDS", 7)
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in MANY))
-    found = []
-    for workers in (1, 2, 3):
-        prepare(tmp_path, tokenizer_file, val_fraction=0.3, workers=workers)
-        found.append({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()})
-    assert found[0] == found[1] == found[2]
