@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -44,6 +45,9 @@ RARE_BLANK = re.compile(f"[{RARE_BLANKS}]")
 BLANKS = re.compile(f"[ {RARE_BLANKS}]{{2,}}")
 SPACES = re.compile(" {2,}")  # the same where no other blanks are, and much faster
 
+NEVER_WRITTEN = "\U0010fffd never written \U0010fffd"
+NOTHING: Set[str] = frozenset()
+
 # Texts of fewer characters cannot hold what takes tiktoken's or Python's code long, and are not searched for it.
 SHORT = 1_000
 # tiktoken's regular expressions overflow a stack at a million white space characters in a row.
@@ -57,7 +61,8 @@ class Encoder(Protocol):
 
     name: Backend
 
-    def encode(self, text: str) -> list[int]: ...
+    def packed(self, texts: Sequence[str]) -> list[bytes]:
+        """The ids of each text as int32 after int32: an object for each token would take longer than the rest."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
@@ -73,10 +78,11 @@ class LibraryEncoder:
     def __init__(self, library: tokenizers.Tokenizer):
         self.library = library
 
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]  # has no offsets, which take longer than the rest
+    def packed(self, texts: Sequence[str]) -> list[bytes]:
+        return [array("i", ids).tobytes() for ids in self.encode_batch(texts)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        # Fast: without offsets, which take longer than the rest.
         return [encoding.ids for encoding in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def normalize(self, text: str) -> str | None:
@@ -100,23 +106,29 @@ class TiktokenEncoder:
     ):
         self.cuts = pattern == QWEN3_PATTERN
         pattern = pattern.replace(LOOK_AHEAD, "") if self.cuts else pattern
-        self.encoding = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
-        self.matched = dict(matched)
+        # Where there is a special token to look for, tiktoken does so once, and not at each character.
+        special = {NEVER_WRITTEN: max(ranks.values()) + 1}
+        self.encoding = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=special)
+        self.matched = {token: array("i", [i]).tobytes() for token, i in matched.items()}
         longest_first = sorted(self.matched, key=len, reverse=True)
         self.added = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self.first_characters = {token[0] for token in self.matched}
         self.nfc = nfc
         self.reference = reference
 
-    def encode(self, text: str) -> list[int]:
+    def packed(self, texts: Sequence[str]) -> list[bytes]:
+        return [self.packed_text(text) for text in texts]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [array("i", ids).tolist() for ids in self.packed(texts)]
+
+    def packed_text(self, text: str) -> bytes:
         if len(text) >= SHORT and WHITE_SPACE_RUN.search(text):
-            return self.encode_by_reference(text)
+            return self.by_reference(text)
         if not self.may_match(text):
-            return self.encode_stretch(text)
-        ids: list[int] = []
-        for i, part in enumerate(self.added.split(text)):
-            ids += [self.matched[part]] if i % 2 else self.encode_stretch(part)  # odd: what the parentheses caught
-        return ids
+            return self.packed_stretch(text)
+        parts = enumerate(self.added.split(text))  # odd ones: what the parentheses caught
+        return b"".join([self.matched[part] if i % 2 else self.packed_stretch(part) for i, part in parts])
 
     def may_match(self, text: str) -> bool:
         """Whether an added token is in the text; most texts lack even the character with which they begin."""
@@ -125,32 +137,31 @@ class TiktokenEncoder:
                 return self.added.search(text) is not None
         return False
 
-    def encode_stretch(self, text: str) -> list[int]:
+    def packed_stretch(self, text: str) -> bytes:
         is_ascii = text.isascii()
         if self.nfc and not is_ascii:
             text = nfc(text)
-        encode = self.encoding.encode_ordinary
         if not self.cuts:
-            return encode(text)
+            return self.pack(text)
         is_rare = ("\t" in text or "\v" in text or "\f" in text) if is_ascii else RARE_BLANK.search(text) is not None
         if not is_rare and "  " not in text:
-            return encode(text)
-        ids: list[int] = []
+            return self.pack(text)
+        parts = []
         start = 0
         for run in (BLANKS if is_rare else SPACES).finditer(text):
             cut = run.end() - 1
             if text[cut + 1 : cut + 2] not in ("", "\r", "\n"):
-                ids += encode(text[start:cut])
+                parts.append(self.pack(text[start:cut]))
                 start = cut
-        return ids + encode(text[start:])
+        return b"".join([*parts, self.pack(text[start:])])
 
-    def encode_by_reference(self, text: str) -> list[int]:
+    def pack(self, text: str) -> bytes:
+        return self.encoding.encode_to_numpy(text, allowed_special=NOTHING, disallowed_special=NOTHING).tobytes()
+
+    def by_reference(self, text: str) -> bytes:
         if self.reference is None:
             raise UserError("900,000 white space characters in a row; remove them, or use a tokenizer.json")
-        return self.reference.encode(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+        return self.reference.packed([text])[0]
 
     def normalize(self, text: str) -> str:
         if text.isascii() or not self.nfc:

@@ -8,7 +8,9 @@ because generation starts there.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Literal, NamedTuple
 
 from sft.conversation import Conversation, Message
@@ -23,6 +25,7 @@ from sft.templates import (
 )
 from sft.tokenizer import Tokenizer
 
+ID_BYTES = array("i").itemsize
 NOT_TRAINED = -100  # the label of a token that is not trained
 
 TrainOn = Literal["assistant", "last", "all"]
@@ -50,20 +53,29 @@ class Stretch(NamedTuple):
 class Sample(NamedTuple):
     """A rendered conversation, or one trained turn of it with its history, or a piece of plain text."""
 
-    input_ids: list[int]
+    packed: bytes  # the ids, int32 after int32
     stretches: list[Stretch]  # they cover the ids from the first to the last
     roles: Sequence[str] = ()  # of each block; none for plain text
     turn: int = -1  # -1 = the whole; else the index of the message that is trained, or of the piece
 
     @property
+    def tokens(self) -> int:
+        return len(self.packed) // ID_BYTES
+
+    @property
+    def input_ids(self) -> list[int]:
+        return array("i", self.packed).tolist()
+
+    @property
     def labels(self) -> list[int]:
         """The id where trained, -100 elsewhere; not shifted."""
-        labels = [NOT_TRAINED] * len(self.input_ids)
+        input_ids = self.input_ids
+        labels = [NOT_TRAINED] * len(input_ids)
         start = 0
         for stretch in self.stretches:
             if stretch.kind == TRAINED:
                 span = slice(start + stretch.before, start + stretch.before + stretch.length)
-                labels[span] = self.input_ids[span]
+                labels[span] = input_ids[span]
             start += stretch.tokens
         return labels
 
@@ -180,59 +192,63 @@ def is_generated(block: Block, weight: float) -> bool:
     return weight > 0 and block.role == ASSISTANT
 
 
-def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> dict[str, list[int]]:
+def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> dict[str, bytes]:
     """The ids of each text, and of a newline."""
     distinct = list(dict.fromkeys(["\n", *texts]))
-    return dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
+    return dict(zip(distinct, tokenizer.packed(distinct), strict=True))
 
 
-def joined(plan: Plan, ids_of: Mapping[str, list[int]], tokenizer: Tokenizer) -> Sample:
-    input_ids: list[int] = []
+def joined(plan: Plan, ids_of: Mapping[str, bytes], tokenizer: Tokenizer) -> Sample:
+    parts: list[bytes] = []
     stretches: list[Stretch] = []
-    im_start, end = tokenizer.im_start, [tokenizer.im_end, *ids_of["\n"]]
+    start, newline = packed_id(tokenizer.im_start), ids_of["\n"]
+    end = packed_id(tokenizer.im_end) + newline
+    after = len(end) // ID_BYTES
     known = plan.known
     texts = iter(plan.texts)
     for block, weight in zip(plan.blocks, plan.weights, strict=True):
         opening, content = ids_of[next(texts)], ids_of[next(texts)]
-        start = len(input_ids)
-        input_ids.append(im_start)
         if is_generated(block, weight):
-            header = len(opening)
-            input_ids += opening
+            parts += start, opening, content, end
+            header, length = len(opening) // ID_BYTES, len(content) // ID_BYTES
         else:
-            header = len(opening) if content[: len(opening)] == opening else common_prefix(opening, content)
-        input_ids += content
-        input_ids += end
-        tokens = len(input_ids) - start
+            parts += start, content, end
+            whole = content.startswith(opening)
+            header = len(opening) // ID_BYTES if whole else common_prefix(opening, content)
+            length = len(content) // ID_BYTES - header
         if known and block.end <= known:
-            stretches.append(Stretch(REPEATED, 0, tokens, 0, 0.0))
+            stretches.append(Stretch(REPEATED, 0, 1 + header + length + after, 0, 0.0))
         elif not weight:
-            length = tokens - 1 - header - len(end)
-            stretches.append(Stretch(MASKED[block.role], 1 + header, length, len(end), 0.0))
+            stretches.append(Stretch(MASKED[block.role], 1 + header, length, after, 0.0))
         elif not plan.everything:
-            length = tokens - header - len(end)  # its end token is trained
-            stretches.append(Stretch(TRAINED, 1 + header, length, len(end) - 1, weight))
+            stretches.append(Stretch(TRAINED, 1 + header, length + 1, after - 1, weight))  # with its end token
         else:
-            first = int(start == 0)  # nothing predicts it
-            stretches.append(Stretch(TRAINED, first, tokens - first, 0, weight))
-    return Sample(input_ids, stretches, [block.role for block in plan.blocks], plan.turn)
+            first = 0 if stretches else 1  # nothing predicts it
+            stretches.append(Stretch(TRAINED, first, 1 + header + length + after - first, 0, weight))
+    return Sample(b"".join(parts), stretches, [block.role for block in plan.blocks], plan.turn)
 
 
-def common_prefix(opening: Sequence[int], ids: Sequence[int]) -> int:
+@cache
+def packed_id(i: int) -> bytes:
+    return array("i", [i]).tobytes()
+
+
+def common_prefix(opening: bytes, ids: bytes) -> int:
     """How many tokens of a block are its opening alone, where content merges with the end of it."""
-    pairs = zip(opening, ids, strict=False)
+    pairs = zip(array("i", opening), array("i", ids), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def text_sample(ids: Sequence[int], tokenizer: Tokenizer) -> Sample:
+def text_sample(packed: bytes, tokenizer: Tokenizer) -> Sample:
     """Plain text, all trained, and a trained end, so that a base model learns that documents end."""
-    return text_piece([*ids, tokenizer.pad])
+    return text_piece(packed + packed_id(tokenizer.pad))
 
 
-def text_piece(ids: list[int], turn: int = -1) -> Sample:
-    first = min(1, len(ids))  # nothing predicts it
-    parts = [Stretch(MASKED["text"], 0, first, 0, 0.0), Stretch(TRAINED, 0, len(ids) - first, 0, 1.0)]
-    return Sample(ids, parts, turn=turn)
+def text_piece(packed: bytes, turn: int = -1) -> Sample:
+    length = len(packed) // ID_BYTES
+    first = min(1, length)  # nothing predicts it
+    parts = [Stretch(MASKED["text"], 0, first, 0, 0.0), Stretch(TRAINED, 0, length - first, 0, 1.0)]
+    return Sample(packed, parts, turn=turn)
 
 
 def cut(sample: Sample, block_size: int) -> Sample | None:
@@ -241,17 +257,17 @@ def cut(sample: Sample, block_size: int) -> Sample | None:
     Plain text, which has no turns, is cut inside.
     """
     if not sample.roles:
-        return text_piece(sample.input_ids[:block_size], sample.turn)
+        return text_piece(sample.packed[: block_size * ID_BYTES], sample.turn)
     ends = list(itertools.accumulate(stretch.tokens for stretch in sample.stretches))
     for count in range(len(ends), 0, -1):
         if sample.roles[count - 1] == ASSISTANT and ends[count - 1] <= block_size:
-            tokens = ends[count - 1]
-            return Sample(sample.input_ids[:tokens], sample.stretches[:count], sample.roles[:count], sample.turn)
+            packed = sample.packed[: ends[count - 1] * ID_BYTES]
+            return Sample(packed, sample.stretches[:count], sample.roles[:count], sample.turn)
     return None
 
 
 def split_text(sample: Sample, block_size: int) -> list[Sample]:
     """Plain text as consecutive pieces of block_size tokens, the last one shorter."""
-    ids = sample.input_ids
-    starts = range(0, len(ids), block_size)
-    return [text_piece(ids[start : start + block_size], turn) for turn, start in enumerate(starts)]
+    size = block_size * ID_BYTES
+    starts = range(0, len(sample.packed), size)
+    return [text_piece(sample.packed[start : start + size], turn) for turn, start in enumerate(starts)]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sft.arrays import SPLITS
+from sft.chatml import NOT_TRAINED
 from sft.duplicates import Seen
 from sft.errors import UserError, listed
 from sft.preparation import Bad, Recipe, Rendered
@@ -124,14 +125,18 @@ class Joining:
         conversation = rendered.conversation[wanted]
         source = np.full(len(conversation), rendered.source)
         tokens = np.repeat(wanted, lengths)
+        labels = rendered.labels[tokens]
+        weights = None if rendered.weights is None else rendered.weights[tokens]
+        if weights is not None and (weights == (labels != NOT_TRAINED)).all():
+            weights = None  # those that differ from 1 are of samples that were not chosen
         self.writer.add_samples(
             split,
             rendered.input_ids[tokens],
-            rendered.labels[tokens],
+            labels,
             lengths=lengths[wanted],
             targets=rendered.targets[wanted],
             origins=np.stack([source, rendered.records[conversation], rendered.turn[wanted]], axis=1),
-            weights=None if rendered.weights is None else rendered.weights[tokens],
+            weights=weights,
         )
 
     def notice(self, name: str, rendered: Rendered, conversations: int) -> None:

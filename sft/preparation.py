@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -165,14 +164,14 @@ class Fitted:
     turn: list[int] = field(default_factory=list)
     fate: list[int] = field(default_factory=list)
     rendered: list[int] = field(default_factory=list)
-    ids: list[list[int]] = field(default_factory=list)  # of each sample that is kept
+    packed: list[bytes] = field(default_factory=list)  # ids of each sample that is kept
     stretches: list[Stretch] = field(default_factory=list)
     stretch_counts: list[int] = field(default_factory=list)  # of each sample
     errors: list[tuple[int, int]] = field(default_factory=list)  # conversation, its length
 
     def add(self, conversation: int, sample: Sample, recipe: Recipe) -> None:
         """Count a sample as what is left of it within block_size."""
-        length, block_size = len(sample.input_ids), recipe.block_size
+        length, block_size = sample.tokens, recipe.block_size
         if not sample.is_trained:
             self._enter(conversation, sample, "no_trained_token", rendered=length)
         elif length <= block_size:
@@ -180,7 +179,7 @@ class Fitted:
         elif recipe.too_long == "split" and not sample.roles:
             for piece in split_text(sample, block_size):
                 fate = KEPT if piece.is_trained else "no_trained_token"
-                self._enter(conversation, piece, fate, rendered=len(piece.input_ids))
+                self._enter(conversation, piece, fate, rendered=piece.tokens)
         else:
             if recipe.too_long == "error":
                 self.errors.append((conversation, length))
@@ -198,7 +197,7 @@ class Fitted:
         if fate == KEPT:
             self.stretch_counts.append(len(sample.stretches))
             self.stretches += sample.stretches
-            self.ids.append(sample.input_ids)
+            self.packed.append(sample.packed)
         else:
             self.stretch_counts.append(0)
 
@@ -216,7 +215,7 @@ class Fitted:
         parts = np.stack([before, length, after], axis=1).ravel()
         nothing = np.zeros_like(weight)
         weights = np.repeat(np.stack([nothing, weight, nothing], axis=1).ravel(), parts)
-        ids = np.fromiter(chain.from_iterable(self.ids), np.int32, sum(map(len, self.ids)))
+        ids = np.frombuffer(b"".join(self.packed), np.int32)
         return {
             "conversation": np.array(self.conversation, np.int64),
             "turn": np.array(self.turn, np.int64),

@@ -59,7 +59,7 @@ class Tokenizer:
         """`token_bytes` covers every id, added tokens included; `files` is what a folder needs, by name, to hold it."""
         self.encoder = encoder
         self.backend: Backend = encoder.name  # the library that does the work
-        self.encode, self.encode_batch = encoder.encode, encoder.encode_batch
+        self.encode_batch, self.packed = encoder.encode_batch, encoder.packed
         self.token_bytes = dict(token_bytes)
         self.control = dict(control)
         self.files = dict(files)
@@ -67,6 +67,9 @@ class Tokenizer:
         self.vocab_size = max(self.token_bytes, default=-1) + 1
         self.check()
         self.im_start, self.im_end, self.pad = (self.control[name] for name in (IM_START, IM_END, END_OF_TEXT))
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
 
     def check(self) -> None:
         """UserError unless the control tokens are there and any text comes back from its ids."""
