@@ -204,7 +204,7 @@ def audit_messages(
     is_cut = recipe.too_long in ("cut", "split") and bool(shown) and shown[-1].role == ASSISTANT
     if len(shown) < len(blocks) and not is_cut:
         raise Discrepancy("turns are missing")
-    same_text(tokenizer.decode(ids.tolist(), skip_control=False), text_of_blocks(shown), tokenizer)
+    same_text(decoded(ids.tolist(), tokenizer), text_of_blocks(shown), tokenizer)
     weights = message_weights(conversation.messages, recipe.train_on)
     earlier = [
         i for i in range(sample.turn) if weights[i] and messages[i].role == ASSISTANT
@@ -230,7 +230,7 @@ def audit_messages(
             raise Discrepancy("an answer is not trained as one stretch")
         check_place(ids[start : where[0]].tolist(), ids[where].tolist(), tokenizer)
         answers = answers_of(conversation, block, sample, recipe)
-        normalised += same_answer(tokenizer.decode(ids[where[:-1]].tolist(), skip_control=False), answers, tokenizer)
+        normalised += same_answer(decoded(ids[where[:-1]].tolist(), tokenizer), answers, tokenizer)
     return turns, normalised
 
 
@@ -273,6 +273,14 @@ def answers_of(conversation: Conversation, block: Block, sample: WrittenSample, 
     if sample.turn >= 0 and asked and (reasoning := reasoning_of(message)):
         return [f"<think>\n{reasoning}\n</think>\n\n{bare}"]
     return [said, bare]
+
+
+def decoded(ids: list[int], tokenizer: Tokenizer) -> str:
+    """What tokenizer.decode gives, in half the time. Raises Discrepancy where an id is none of the vocabulary's."""
+    try:
+        return b"".join(map(tokenizer.token_bytes.__getitem__, ids)).decode("utf-8", "replace")
+    except KeyError as error:
+        raise Discrepancy(f"the id {error} is outside the vocabulary") from error
 
 
 def same_answer(found: str, answers: Sequence[str], tokenizer: Tokenizer) -> bool:
