@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -35,6 +36,8 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     """
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     status = 0
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not fail work that is done
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except UserError as error:

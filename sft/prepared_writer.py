@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -88,13 +88,6 @@ class PreparedWriter:
         except OSError as error:
             self.discard()
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-
-    def add(self, split: str, input_ids: Sequence[int], labels: Sequence[int], origin: tuple[int, int, int]) -> None:
-        """Append a sample: its unshifted labels, its origin (source, record, turn)."""
-        targets = np.asarray(labels, np.int32)
-        count = int(np.count_nonzero(targets[1:] != NOT_TRAINED))
-        ids = np.asarray(input_ids, np.int32)
-        self.add_samples(split, ids, targets, lengths=[len(targets)], targets=[count], origins=[origin])
 
     def add_samples(
         self,
@@ -183,20 +176,6 @@ class PreparedWriter:
     ) -> None:
         if not self.finished:
             self.discard()
-
-
-def write_prepared(
-    folder: str | Path,
-    splits: Mapping[str, Iterable[tuple[Sequence[int], Sequence[int]]]],
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Write (input ids, unshifted labels) per split as a prepared folder whose source is unknown; its meta."""
-    with PreparedWriter(folder) as writer:
-        for split, samples in splits.items():
-            for record, (input_ids, labels) in enumerate(samples, 1):
-                writer.add(split, input_ids, labels, (0, record, -1))
-        writer.close()
-        return writer.finish(facts)
 
 
 def into_place(file: Any, partial: Path, path: Path) -> None:

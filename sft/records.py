@@ -239,7 +239,7 @@ def oddities(conversation: Conversation) -> tuple[str, ...]:
             if role == "assistant" and not before:
                 found["assistant_first"] = True
             before = role
-        if "\0" in content or (reasoning and "\0" in reasoning) or (calls and any("\0" in call[1] for call in calls)):
+        if "\0" in content or (reasoning and "\0" in reasoning) or any("\0" in part for call in calls for part in call):
             found["nul"] = True
     if before == "user":
         found["user_last"] = True

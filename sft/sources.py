@@ -127,7 +127,7 @@ def spool_standard_input(sources: list[Source], spool: Path) -> Iterator[list[So
 def files_of(name: str) -> tuple[list[tuple[str, str]], str]:
     """(name, path) of each file that a name stands for, and what is wrong with them."""
     if name == "-":
-        return [(STANDARD_INPUT, name)], ""
+        return [(STANDARD_INPUT, name)], "" if sys.stdin else "standard input is closed; pipe the records in"
     if os.path.isdir(name):
         unreadable: list[str] = []
         paths = files_below(name, unreadable)

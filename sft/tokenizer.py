@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import json
+import os
 import re
 import shutil
 import struct
@@ -124,8 +125,20 @@ class Tokenizer:
         for name, file in self.files.items():
             target = Path(folder) / name
             if not (target.exists() and target.samefile(file)):
-                shutil.copyfile(file, target)
+                copy_whole(file, target)
         return list(self.files)
+
+
+def copy_whole(file: Path, target: Path) -> None:
+    """Copy a file so that the target is whole or as it was. An OSError names the target."""
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        shutil.copyfile(file, partial)
+        os.replace(partial, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import multiprocessing
+import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -81,6 +83,15 @@ def _set_state(state: Any) -> None:
     global _state  # noqa: PLW0603  # what makes a worker of a process
     _state = state
     gc.disable()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker would wait for ever for the next item of a process that was killed, and hold its files open."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(EXIT_FAILED)
 
 
 def _call(function: Callable[[Any, Item], Result], item: Item) -> Result:

@@ -118,3 +118,21 @@ def facts(tokenizer: Tokenizer, samples: dict[str, list[tuple[list[int], list[in
         "bad_records": ["raw/cats.jsonl:9: not valid JSON; \x1bmend it"],
         "audit": {"passed": True, "conversations": count, "trained_tokens": trained},
     }
+
+
+def write_prepared(folder: Path, splits: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Write (input ids, unshifted labels) per split as a prepared folder that has no ledger and no audit; its meta."""
+    with PreparedWriter(folder) as writer:
+        for split, samples in splits.items():
+            for record, (input_ids, labels) in enumerate(samples, 1):
+                trained = np.array(labels) != NOT_TRAINED
+                writer.add_samples(
+                    split,
+                    np.array(input_ids, np.int32),
+                    np.array(labels, np.int32),
+                    lengths=[len(labels)],
+                    targets=[np.count_nonzero(trained[1:])],
+                    origins=[(0, record, -1)],
+                )
+        writer.close()
+        return writer.finish(facts)

@@ -1,12 +1,23 @@
 """Inputs that once broke preparing, each run through the program."""
 
+import errno
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import prepare_sft
 from sft.arrays import open_prepared
+from sft.errors import EXIT_FAILED, UserError
+from tests.conftest import ROOT
 from tests.tiny_tokenizer import save_tiny_tokenizer
+
+GOOD = {"prompt": "a", "completion": "b"}
 
 
 @pytest.fixture
@@ -37,3 +48,66 @@ def test_reasoning_that_nobody_asked_for_is_left_out_as_by_the_server_and_counte
     assert data.meta["noticed"]["changed_by_template"]["conversations"] == 1
     again = prepare([{"messages": [messages[0], {"role": "user", "content": "what"}, messages[1]]}], "--template=qwen3")
     assert "changed_by_template" not in again.meta["noticed"]
+
+
+def test_a_failed_rerun_leaves_a_folder_that_takes_the_other_template(prepare):
+    prepare([GOOD], "--template=chatml")
+    with pytest.raises(UserError, match="must be a string"):
+        prepare([{"prompt": 1, "completion": "b"}], "--template=qwen3")
+    assert prepare([GOOD], "--template=qwen3").meta["template"] == "qwen3"
+
+
+def test_a_disk_that_fills_up_while_the_tokenizer_is_copied_leaves_no_half_of_it(prepare, tmp_path, monkeypatch):
+    def fills_up(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:100])
+        raise OSError(errno.ENOSPC, "No space left on device", str(source))
+
+    with monkeypatch.context() as full, pytest.raises(UserError, match=r"data/tokenizer.json: No space left") as error:
+        full.setattr(shutil, "copyfile", fills_up)
+        prepare([GOOD])
+    assert error.value.exit_status == EXIT_FAILED
+    assert not (tmp_path / "data").exists()
+    assert len(prepare([GOOD]).splits["train"]) == 1
+
+
+def test_a_closed_standard_input_is_told_with_a_remedy(prepare, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="standard input is closed; pipe the records in"):
+        prepare([GOOD], "--input=-")
+
+
+def test_nul_in_the_name_of_a_called_function_is_counted(prepare):
+    call = {"name": "a\0b", "arguments": {}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert prepare([{"messages": messages}]).meta["noticed"]["nul"]["conversations"] == 1
+
+
+def test_a_name_that_the_terminal_cannot_show_does_not_fail_work_that_is_done(tmp_path):
+    program = "from sft.errors import run_program; run_program(lambda arguments: print('\\xe9 \\udcff'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\xe9 \\udcff\n", b"")
+
+
+KILLED = """
+import os, signal
+from sft.workers import Workers
+
+def pid(state, item):
+    return os.getpid()
+
+with Workers(None, 2) as workers:
+    print(*{*workers.map(pid, range(20))}, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_the_process_that_was_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Workers that live on would hold the pipe open, and time out.
+    done = subprocess.run(
+        [sys.executable, tmp_path / "killed.py"], env=environment, capture_output=True, timeout=30, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout.strip()

@@ -5,7 +5,8 @@ import pytest
 
 from sft.arrays import open_prepared, verify_checksums
 from sft.errors import UserError
-from sft.prepared_writer import PreparedWriter, write_prepared
+from sft.prepared_writer import PreparedWriter
+from tests.made_data import write_prepared
 
 SAMPLES = {"train": [([1, 2, 3], [-100, 2, 3]), ([4, 5], [-100, 5])], "val": [([6, 7, 8, 9], [6, -100, -100, 9])]}
 FACTS = {"vocab_size": 10, "pad_id": 0, "tokenizer_files": [], "tokenizer_fingerprint": "f" * 64}
