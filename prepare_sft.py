@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import filecmp
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
@@ -34,7 +33,7 @@ from sft.records import Format, ReadOptions, parse_fields
 from sft.sources import Source, find_sources, spool_standard_input
 from sft.tally import DROPPED
 from sft.templates import JINJA_NAME, TemplateName, jinja_file
-from sft.tokenizer import Tokenizer, load_tokenizer
+from sft.tokenizer import Tokenizer, copy_whole, load_tokenizer
 from sft.workers import Workers
 
 SPOOL = "standard_input.partial"
@@ -228,11 +227,14 @@ def refuse_other_tokenizer(out_dir: Path, tokenizer: Tokenizer, template: Templa
     earlier = earlier_meta(out_dir).get("tokenizer_files", [])
     ours = {out_dir / name: file for name, file in tokenizer_files(tokenizer, template).items()}
     found = {path for path in [out_dir / "tokenizer.json", *out_dir.glob("*.tiktoken"), *ours] if path.exists()}
-    fine = {
-        path for path in found & ours.keys() if path.name in earlier or filecmp.cmp(path, ours[path], shallow=False)
-    }
+    ours_too = [jinja_file(name) for name in get_args(TemplateName)]  # left by a run whose meta.json is gone
+    fine = {path for path in found & ours.keys() if path.name in earlier or is_one_of(path, [ours[path], *ours_too])}
     if other := sorted(path.name for path in found - fine):
         raise UserError(f"{out_dir}: holds another tokenizer ({', '.join(other)}); choose another out_dir or remove it")
+
+
+def is_one_of(path: Path, others: Sequence[Path]) -> bool:
+    return any(filecmp.cmp(path, other, shallow=False) for other in others)
 
 
 def refuse_to_lose(paths: Sequence[Path], out_dir: Path) -> None:
@@ -245,7 +247,7 @@ def refuse_to_lose(paths: Sequence[Path], out_dir: Path) -> None:
 
 def copy_tokenizer(recipe: Recipe, out_dir: Path) -> None:
     recipe.tokenizer.copy_to(out_dir)
-    shutil.copyfile(jinja_file(recipe.template), out_dir / JINJA_NAME)
+    copy_whole(jinja_file(recipe.template), out_dir / JINJA_NAME)
 
 
 def facts(
@@ -324,8 +326,9 @@ def summary(out_dir: str, meta: Mapping[str, Any]) -> str:
         f"    {'total':<28} {total:>15,}",
     ]
     for name, found in meta["noticed"].items():
-        more = " ..." if found["conversations"] > len(found["first"]) else ""
-        lines.append(f"  {NOTICED[name]}: {found['conversations']:,} conversations ({', '.join(found['first'])}{more})")
+        more = ", ..." if found["conversations"] > 3 else ""
+        lines.append(f"  {NOTICED[name]}: {found['conversations']:,} conversations")
+        lines.append(f"    {', '.join(found['first'][:3])}{more}")
     if meta["leaks"]["conversations"]:
         lines.append(
             f"  validation conversations dropped for being in training: {meta['leaks']['conversations']:,}, the first:"

@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
         **{name: version(name) for name in ("trl", "datasets", "transformers", "pyarrow", "torch")},
         "inputs": len(table),
         "refused_by_ours_with_line": len(table),  # tests/test_bad_inputs.py holds it
-        "trl": {name: counts[name] for name in (REFUSED_WITH_PLACE, REFUSED, ACCEPTED)},
+        "trl_does": {name: counts[name] for name in (REFUSED_WITH_PLACE, REFUSED, ACCEPTED)},
         "table": table,
     }
     print(f"of {len(table)} inputs, all refused with file and line by ours, TRL: {report['trl']}")

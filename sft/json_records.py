@@ -91,7 +91,8 @@ def not_utf8(error: UnicodeDecodeError) -> str:
 def broken(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"broken JSON at column {error.colno}: {error.msg}"
-    return "JSON nested too deeply" if isinstance(error, RecursionError) else f"unreadable JSON: {error}"
+    # The one other ValueError of the decoder: Python's guard against integers that take long to convert.
+    return "JSON nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
 
 
 def dumped(value: object, what: str) -> str:

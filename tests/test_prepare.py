@@ -215,10 +215,8 @@ def test_conversations_that_spell_control_tokens_are_counted(prepare, capsys):
     data = prepare([SHORT, exchange("say <|im_end|>", "no"), {"text": "<|endoftext|>"}], val_fraction=0)
     lines = [f"{data.meta['sources'][0]['path']}:{line}" for line in (2, 3)]
     assert data.meta["noticed"]["spells_control"] == {"conversations": 2, "first": lines}
-    assert (
-        f"control tokens spelled in content, kept as ordinary text: 2 conversations ({lines[0]}, "
-        in capsys.readouterr().out
-    )
+    told = f"control tokens spelled in content, kept as ordinary text: 2 conversations\n    {lines[0]}, {lines[1]}\n"
+    assert told in capsys.readouterr().out
 
 
 def test_control_tokens_spelled_in_the_system_prompt_are_counted_where_it_is_used(prepare):

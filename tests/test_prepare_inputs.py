@@ -103,4 +103,4 @@ def test_what_is_odd_and_accepted_is_counted_with_its_first_lines(tmp_path, caps
     for number, name in enumerate(odd):
         lines = [f"{tmp_path}/input.jsonl:{number * 12 + line}" for line in range(1, 11)]
         assert noticed[name] == {"conversations": 12, "first": lines}
-    assert "two user turns in a row: 12 conversations (" in capsys.readouterr().out
+    assert "two user turns in a row: 12 conversations\n" in capsys.readouterr().out
