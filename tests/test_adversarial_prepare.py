@@ -62,9 +62,10 @@ def test_a_disk_that_fills_up_while_the_tokenizer_is_copied_leaves_no_half_of_it
         Path(target).write_bytes(Path(source).read_bytes()[:100])
         raise OSError(errno.ENOSPC, "No space left on device", str(source))
 
-    with monkeypatch.context() as full, pytest.raises(UserError, match=r"data/tokenizer.json: No space left") as error:
+    with monkeypatch.context() as full:
         full.setattr(shutil, "copyfile", fills_up)
-        prepare([GOOD])
+        with pytest.raises(UserError, match=r"data/tokenizer.json: No space left") as error:
+            prepare([GOOD])
     assert error.value.exit_status == EXIT_FAILED
     assert not (tmp_path / "data").exists()
     assert len(prepare([GOOD]).splits["train"]) == 1
