@@ -59,6 +59,6 @@ def text_of(value: object, what: str) -> str:
 
 
 def kind(value: object) -> str:
-    """What JSON calls the value."""
+    """What JSON calls the value, or Python where a table holds what JSON cannot."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number")
+    return names.get(type(value)) or ("a number" if isinstance(value, (int, float)) else type(value).__name__)

@@ -349,7 +349,7 @@ def row_values(batch: Any) -> list[Any]:
     """The rows of a batch; a BadRecord for each that Python cannot hold."""
     try:
         return batch.to_pylist()
-    except (ValueError, ImportError):
+    except (ValueError, OverflowError, ImportError):
         if batch.num_rows == 1:
             return [BadRecord("the row holds text that is not UTF-8, or a date that Python lacks; mend or remove it")]
         return [value for row in range(batch.num_rows) for value in row_values(batch.slice(row, 1))]

@@ -112,3 +112,19 @@ def test_workers_end_with_the_process_that_was_killed(tmp_path):
     )
     assert done.returncode == -signal.SIGKILL
     assert done.stdout.strip()
+
+
+def test_a_table_may_hold_what_json_cannot(prepare, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    far = pyarrow.array([10**15, 2], pyarrow.timestamp("s"))  # in the year 31 million
+    tables = {
+        "far": {"prompt": ["a", "b"], "completion": ["c", "d"], "time": far},
+        "bytes": {"prompt": ["a"], "completion": pyarrow.array([b"\xff"], pyarrow.binary())},
+    }
+    refusals = {"far": "far.parquet:1: the row holds .* a date that Python lacks", "bytes": "a string, not bytes;"}
+    for name, columns in tables.items():
+        file = tmp_path / f"{name}.parquet"
+        parquet.write_table(pyarrow.table(columns), file)
+        with pytest.raises(UserError, match=refusals[name]):
+            prepare(file.read_bytes(), name=file.name)
