@@ -144,7 +144,7 @@ def main(argv: list[str]) -> None:
         "trl_does": {name: counts[name] for name in (REFUSED_WITH_PLACE, REFUSED, ACCEPTED)},
         "table": table,
     }
-    print(f"of {len(table)} inputs, all refused with file and line by ours, TRL: {report['trl']}")
+    print(f"of {len(table)} inputs, all refused with file and line by ours, TRL: {report['trl_does']}")
     Path(settings.out).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
