@@ -27,17 +27,20 @@ SHAPE: dict[str, Any] = {  # a tuple names counts
     "splits": dict.fromkeys(SPLITS, PER_SPLIT),
 }
 LABELS_AT_ONCE = 2**24
+SUMS_AGREE = 1e-9  # relative; weights are summed in another order
 
 
 def problems(meta: Mapping[str, Any], splits: Mapping[str, Samples]) -> list[str]:
     """Why the data is not proved: its ledger, its sources or its audit is missing, in error, or of other arrays.
 
-    Reads all labels once, a second or two per 10^9 tokens in memory: nothing less than that tells trained tokens.
+    Reads all ids and labels: nothing less than that tells trained tokens.
     """
     found = [*audit_problems(meta, splits), *shape_problems(meta)]
     if not found:
         counts = counts_of(meta["ledger"])
         found = [*sum_problems(counts), *array_problems(counts, splits), *source_problems(meta, counts, splits)]
+    for split, samples in splits.items():
+        found += sample_problems(split, samples, meta["max_id"])
     return [f"{problem}; {AGAIN}" for problem in found]
 
 
@@ -137,6 +140,33 @@ def trained_tokens(labels: np.ndarray) -> int:
     """How many labels are trained; a part at a time, so that a memory map stays one."""
     starts = range(0, len(labels), LABELS_AT_ONCE)
     return sum(int(np.count_nonzero(labels[start : start + LABELS_AT_ONCE] != NOT_TRAINED)) for start in starts)
+
+
+def sample_problems(split: str, samples: Samples, max_id: int) -> Iterator[str]:
+    """Where what is held of each sample contradicts itself: ids, labels, weights and the sum of the target weights."""
+    found = dict.fromkeys(("ids", "labels", "weights", "targets"), False)
+    offsets, begin = samples.offsets, 0
+    while begin < len(samples):
+        end = max(begin + 1, int(np.searchsorted(offsets, offsets[begin] + LABELS_AT_ONCE, "right")) - 1)
+        span, starts = slice(offsets[begin], offsets[end]), offsets[begin:end] - offsets[begin]
+        ids, labels = samples.input_ids[span], samples.labels[span]
+        trained = labels != NOT_TRAINED
+        weights = trained if samples.weights is None else samples.weights[span]
+        summed = weights.astype(np.float64)
+        summed[starts] = 0  # nothing predicts the first token
+        found["ids"] |= not 0 <= int(ids.min()) <= int(ids.max()) <= max_id
+        found["labels"] |= bool(((labels != ids) & trained).any())
+        found["weights"] |= bool(((weights > 0) != trained).any())
+        sums = np.add.reduceat(summed, starts)
+        found["targets"] |= not np.allclose(sums, samples.targets[begin:end], rtol=SUMS_AGREE, atol=0)
+        begin = end
+    told = {
+        "ids": f"ids that are not from 0 to max_id ({max_id})",
+        "labels": f"labels that are neither their token nor {NOT_TRAINED}",
+        "weights": "weights that are not above 0 just where a token is trained",
+        "targets": "targets that are not the sum of their sample's weights",
+    }
+    yield from (f"{split} holds {told[name]}" for name, is_so in found.items() if is_so)
 
 
 def source_problems(meta: Mapping[str, Any], counts: Mapping[str, int], splits: Mapping[str, Samples]) -> Iterator[str]:

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ META = {
         },
     },
     "audit": {"passed": True, "samples": 4},
+    "max_id": 8,
 }
 
 
@@ -159,3 +161,34 @@ def test_trained_tokens_are_counted_over_the_ends_of_the_parts(monkeypatch):
     labels = np.array([NOT_TRAINED, 0, 5, NOT_TRAINED, 7, 8, 9, NOT_TRAINED])
     assert ledger.trained_tokens(labels) == 5
     assert ledger.trained_tokens(labels[:0]) == 0
+
+
+def with_one_changed(part, at, value):
+    changed = np.array(getattr(SPLITS["train"], part))
+    changed[at] = value
+    return {part: changed}
+
+
+WEIGHTS = np.array([0, 0, 1, 0.5, 0, 1, 0, 0, 2], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (with_one_changed("labels", 2, 3), "labels that are neither their token nor -100"),
+        (with_one_changed("labels", 2, -5), "labels that are neither their token nor -100"),
+        (with_one_changed("input_ids", 0, 9), "ids that are not from 0 to max_id"),
+        (with_one_changed("input_ids", 0, -1), "ids that are not from 0 to max_id"),
+        (with_one_changed("targets", 1, 2), "targets that are not the sum"),
+        (with_one_changed("targets", 1, np.inf), "targets that are not the sum"),
+        ({"weights": WEIGHTS}, "targets that are not the sum"),
+        ({"weights": -WEIGHTS, "targets": np.array([-1.5, -1, -2])}, "weights that are not above 0"),
+        ({"weights": WEIGHTS * np.nan}, "weights that are not above 0"),
+    ],
+)
+def test_samples_that_contradict_themselves_are_refused(changes, problem, monkeypatch):
+    monkeypatch.setattr(ledger, "LABELS_AT_ONCE", 3)  # fewer tokens than the first sample has
+    splits = {**SPLITS, "train": dataclasses.replace(SPLITS["train"], **changes)}
+    assert [found for found in ledger.problems(META, splits) if f"train holds {problem}" in found]
+    fine = dataclasses.replace(SPLITS["train"], weights=WEIGHTS, targets=np.array([1.5, 1, 2]))
+    assert ledger.problems(META, {**SPLITS, "train": fine}) == []
