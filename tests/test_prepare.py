@@ -224,24 +224,6 @@ def test_control_tokens_spelled_in_the_system_prompt_are_counted_where_it_is_use
     assert data.meta["noticed"]["spells_control"]["conversations"] == 1
 
 
-def test_several_files_keep_their_sources_and_records(prepare, tmp_path):
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps([{"text": "a b"}, {"text": "c d"}]))
-    data = prepare([SHORT], input=f"{tmp_path}/input.jsonl,{other}", val_fraction=0)
-    assert data.splits["train"].origins.tolist() == [[0, 1, -1], [1, 1, -1], [1, 2, -1]]
-    assert [source["records"] for source in data.meta["sources"]] == [1, 2]
-
-
-def test_problems_of_several_files_are_reported_together(prepare, tmp_path):
-    other = tmp_path / "other.jsonl"
-    other.write_text("{")
-    with pytest.raises(UserError) as caught:
-        prepare([SHORT, {"text": 1}], input=f"{tmp_path}/input.jsonl,{other}")
-    assert f"{tmp_path}/input.jsonl:2: " in str(caught.value)
-    assert f"{other}:1: " in str(caught.value)
-    assert not (tmp_path / "data").exists()
-
-
 def test_a_failed_rerun_leaves_no_valid_data(prepare, tmp_path):
     prepare([SHORT])
     with pytest.raises(UserError):

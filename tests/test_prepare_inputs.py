@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from sft.errors import UserError
 from tests.preparing import exchange, prepare, texts, write_lines
 
 FIRST, SECOND, THIRD = (exchange(f"What is {i}?", f"the cat {i}") for i in (1, 2, 3))
@@ -35,6 +36,24 @@ def test_a_folder_stands_for_its_files_in_order(tmp_path, folder):
 def test_a_glob_stands_for_what_it_matches(tmp_path, folder):
     data = prepare(tmp_path, input=f"{folder}/**/*.jsonl", val_fraction=0)
     assert prompts(data) == ["1", "3"]
+
+
+def test_several_files_keep_their_sources_and_records(tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([{"text": "a b"}, {"text": "c d"}]))
+    data = prepare(tmp_path, [FIRST], input=f"{tmp_path}/input.jsonl,{other}", val_fraction=0)
+    assert data.splits["train"].origins.tolist() == [[0, 1, -1], [1, 1, -1], [1, 2, -1]]
+    assert [source["records"] for source in data.meta["sources"]] == [1, 2]
+
+
+def test_problems_of_several_files_are_reported_together(tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("{")
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path, [FIRST, {"text": 1}], input=f"{tmp_path}/input.jsonl,{other}")
+    assert f"{tmp_path}/input.jsonl:2: " in str(caught.value)
+    assert f"{other}:1: " in str(caught.value)
+    assert not (tmp_path / "data").exists()
 
 
 def test_the_weights_of_sources_are_kept_for_the_trainer(tmp_path, folder):
