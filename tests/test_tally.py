@@ -31,10 +31,10 @@ SETTINGS = st.fixed_dictionaries(
     {
         "template": st.sampled_from(["chatml", "qwen3"]),
         "train_on": st.sampled_from(["assistant", "last", "all"]),
-        "too_long": st.sampled_from(["drop", "cut", "split", "error"]),
-        "block_size": st.sampled_from([2, 9, 30, 60, 400]),
-        "bad_records": st.sampled_from(["skip", "skip", "error"]),
-        "max_bad_fraction": st.sampled_from([0.3, 1.0]),
+        "too_long": st.sampled_from(["drop", "cut", "cut", "split", "split", "error"]),
+        "block_size": st.sampled_from([2, 9, 15, 30, 60, 400]),
+        "bad_records": st.sampled_from(["skip", "skip", "skip", "error"]),
+        "max_bad_fraction": st.sampled_from([0.3, 1.0, 1.0, 1.0]),
         "val_fraction": st.sampled_from([0.0, 0.5]),
     },
     optional={
@@ -115,9 +115,10 @@ def test_the_ledger_says_whose_the_masked_tokens_are(tmp_path):
 
 
 def test_a_conversation_of_which_one_sample_is_left_is_kept(tmp_path):
-    thought = {"reasoning_content": "the hat"}
-    record = dialogue(("user", "a"), ("assistant", "cat", thought), ("user", "b " * 50), ("assistant", "hat", thought))
-    data = prepare(tmp_path, [record], val_fraction=0, template="qwen3", block_size=50)
+    long = {"reasoning_content": "the hat " * 50}  # no part of the history of the second sample
+    record = dialogue(("user", "a"), ("assistant", "cat", long), ("user", "b"), ("assistant", "hat"))
+    data = prepare(tmp_path, [record], val_fraction=0, template="qwen3", block_size=60)
+    assert data.splits["train"].origins.tolist() == [[0, 1, 3]]
     conversations = data.meta["ledger"]["conversations"]
     assert (conversations["read"], conversations["kept"], conversations["too_long"]) == (1, 1, 0)
     assert data.meta["ledger"]["tokens"]["dropped"]["too_long"] > 50
