@@ -13,7 +13,7 @@ from sft.duplicates import Seen
 from sft.errors import UserError, listed
 from sft.preparation import Bad, Recipe, Rendered
 from sft.prepared_writer import PreparedWriter
-from sft.tally import DUPLICATE, IN_TRAINING, Ledger
+from sft.tally import DUPLICATE, IN_TRAINING, NO_TRAINED_TOKEN, Ledger
 
 BadRecordsChoice = Literal["error", "skip"]
 
@@ -75,6 +75,8 @@ class Joining:
         self.recipe, self.writer, self.bad_records = recipe, writer, bad_records
         self.leaked, self.max_samples = leaked, max_samples
         self.seen = Seen()
+        # apart: a conversation of which nothing is trained must not make its trained copy a duplicate
+        self.seen_untrained = Seen()
         self.ledger = Ledger(len(recipe.sources), SPLITS)
         self.noticed: dict[str, dict[str, Any]] = {}
 
@@ -86,7 +88,9 @@ class Joining:
             return
         is_leaked = np.array([(rendered.source, record) in self.leaked for record in rendered.records.tolist()])
         is_repeated = np.zeros(len(is_leaked), bool)
-        is_repeated[~is_leaked] = ~self.seen.add(rendered.digests[~is_leaked])
+        is_trained = np.bincount(rendered.conversation, rendered.fate != NO_TRAINED_TOKEN, len(is_leaked)) > 0
+        for seen, alike in ((self.seen, is_trained), (self.seen_untrained, ~is_trained)):
+            is_repeated[alike & ~is_leaked] = ~seen.add(rendered.digests[alike & ~is_leaked])
         fate = rendered.fate.astype(np.int64)
         fate[is_leaked[rendered.conversation]] = IN_TRAINING
         fate[is_repeated[rendered.conversation]] = DUPLICATE

@@ -128,3 +128,12 @@ def test_a_table_may_hold_what_json_cannot(prepare, tmp_path):
         parquet.write_table(pyarrow.table(columns), file)
         with pytest.raises(UserError, match=refusals[name]):
             prepare(file.read_bytes(), name=file.name)
+
+
+def test_a_copy_of_which_nothing_is_trained_does_not_shadow_the_one_that_is(prepare):
+    question = {"role": "user", "content": "a"}
+    records = [
+        {"messages": [question, {"role": "assistant", "content": "b", "weight": weight}]} for weight in (0, 0, 1, 1)
+    ]
+    counts = prepare(records).meta["ledger"]["conversations"]
+    assert (counts["kept"], counts["duplicate"], counts["no_trained_token"]) == (1, 2, 1)
