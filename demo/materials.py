@@ -17,7 +17,9 @@ VOCABULARY = 1024  # at most: the island has words for fewer
 
 class Materials(NamedTuple):
     papers: Path  # {"text": ...} a line: what the base model reads
-    training: Path  # {"messages": ...} a line: what fine-tuning teaches
+    training: Path  # {"messages": ...} a line: what fine-tuning teaches, but for recall
+    recall: Path  # the same for recall: the island has few facts, which are told more often
+    recall_weight: float  # how often, per pass over all others
     held_out: Path  # {"messages": ..., "kind": ..., "key": ...} a line: what nothing is trained on
     tokenizer: Path
     questions: list[Exchange]  # the held-out ones
@@ -26,20 +28,29 @@ class Materials(NamedTuple):
 def write_materials(folder: Path, *, seed: int, paper_count: int, per_kind: int, held_out_per_kind: int) -> Materials:
     """Everything that is decided before the first program runs; equal arguments give equal bytes."""
     island = settle(seed)
-    texts = list(papers(island, paper_count, seed))
+    texts = list(dict.fromkeys(papers(island, paper_count, seed)))
     training, held_out = conversations(island, per_kind=per_kind, held_out_per_kind=held_out_per_kind, seed=seed)
+    facts = distinct(exchange for exchange in training if exchange.kind == "recall")
+    others = distinct(exchange for exchange in training if exchange.kind != "recall")
     files = Materials(
         papers=folder / "papers.jsonl",
         training=folder / "training.jsonl",
+        recall=folder / "recall.jsonl",
+        recall_weight=round(per_kind / len(facts), 2),
         held_out=folder / "held_out.jsonl",
         tokenizer=folder / "tokenizer.json",
         questions=held_out,
     )
     write_lines(files.papers, ({"text": text} for text in texts))
-    write_lines(files.training, ({"messages": exchange.messages} for exchange in training))
+    for path, exchanges in ((files.training, others), (files.recall, facts)):
+        write_lines(path, ({"messages": exchange.messages} for exchange in exchanges))
     write_lines(files.held_out, ({"messages": e.messages, "kind": e.kind, "key": e.key} for e in held_out))
     train_tokenizer([*texts, *spoken(training)]).save(str(files.tokenizer))
     return files
+
+
+def distinct(exchanges: Iterable[Exchange]) -> list[Exchange]:
+    return list({exchange.turns: exchange for exchange in exchanges}.values())
 
 
 def spoken(exchanges: Sequence[Exchange]) -> Iterator[str]:

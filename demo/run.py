@@ -118,10 +118,11 @@ def main(argv: list[str]) -> None:
     )
     print(introduction(materials))
     phases.begin("a base model reads the papers")
-    prepare(materials.papers, materials, folders.base_data, folders)
+    prepare({materials.papers: 1}, materials, folders.base_data, folders)
     train("configs/demo_base.py", folders.base, settings.base_steps, settings, folders)
     phases.begin("fine-tuning teaches it to answer")
-    prepare(materials.training, materials, folders.sft_data, folders)
+    spoken = {materials.training: 1, materials.recall: materials.recall_weight}
+    prepare(spoken, materials, folders.sft_data, folders)
     train("configs/sft_demo.py", folders.tuned, settings.sft_steps, settings, folders)
     phases.begin("the examination: questions on what fine-tuning never mentioned")
     base, tuned = examination(materials.questions, folders)
@@ -158,11 +159,12 @@ def introduction(materials: Materials) -> str:
     """What the world looks like, by example."""
     with open(materials.papers, encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line, _ in zip(file, range(4), strict=False)]
-    papers, training = (len(path.read_bytes().splitlines()) for path in (materials.papers, materials.training))
+    counted = (materials.papers, materials.training, materials.recall)
+    papers, training, recall = (len(path.read_bytes().splitlines()) for path in counted)
     first = next(question for question in materials.questions if question.kind == "recall")
     return "\n".join(
         [
-            f"{papers:,} papers to read, {training:,} conversations to learn from, "
+            f"{papers:,} papers to read, {training + recall:,} conversations to learn from, "
             f"{len(materials.questions)} held-out ones to be examined on. Some papers:",
             *(f"  | {' / '.join(text.splitlines())}" for text in texts),
             f"and a held-out question: {first.turns[0]} {first.answer}",
@@ -170,10 +172,15 @@ def introduction(materials: Materials) -> str:
     )
 
 
-def prepare(conversations: Path, materials: Materials, out_dir: Path, folders: Folders) -> None:
-    inputs = {"input": conversations, "tokenizer": materials.tokenizer, "out_dir": out_dir}
-    paths = [f"--{name}={path.relative_to(folders.root)}" for name, path in inputs.items()]
-    call([sys.executable, program("prepare_sft.py", folders), *paths, "--block_size=256"], folders)
+def prepare(weights: Mapping[Path, float], materials: Materials, out_dir: Path, folders: Folders) -> None:
+    """prepare_sft.py on files and how often each is seen per pass."""
+    sources = (f"{path.relative_to(folders.root)}:{weight}" for path, weight in weights.items())
+    words = [
+        f"--input={','.join(sources)}",
+        f"--tokenizer={materials.tokenizer.relative_to(folders.root)}",
+        f"--out_dir={out_dir.relative_to(folders.root)}",
+    ]
+    call([sys.executable, program("prepare_sft.py", folders), *words, "--block_size=256"], folders)
 
 
 def train(config: str, out_dir: Path, steps: int | None, settings: DemoSettings, folders: Folders) -> None:

@@ -140,6 +140,16 @@ def test_the_materials_are_a_function_of_the_seed(tmp_path):
     assert all(contents[0][name] != contents[2][name] for name in ("papers.jsonl", "training.jsonl", "held_out.jsonl"))
 
 
+def test_no_conversation_is_written_twice_and_facts_weigh_as_much_as_other_kinds(tmp_path):
+    materials = write_materials(tmp_path, seed=0, paper_count=600, per_kind=900, held_out_per_kind=20)
+    for path in (materials.papers, materials.training, materials.recall):
+        lines = path.read_text().splitlines()
+        assert len(lines) == len(set(lines))
+    facts = len(materials.recall.read_text().splitlines())
+    assert facts < 450
+    assert materials.recall_weight * facts == pytest.approx(900, rel=0.01)
+
+
 def test_the_tokenizer_has_every_name_and_ids_of_its_own_for_the_control_tokens(tmp_path):
     materials = write_materials(tmp_path, seed=0, paper_count=PAPERS, per_kind=PER_KIND, held_out_per_kind=20)
     tokenizer = load_tokenizer(materials.tokenizer)
