@@ -36,6 +36,7 @@ from sft.templates import (
 )
 from sft.tokenizer import Tokenizer
 
+OTHER_CONTROL = "there are other control tokens than those of the template"
 COUNTS = ("conversations", "samples", "tokens", "trained_tokens", "trained_turns", "normalised_turns")
 
 
@@ -205,6 +206,8 @@ def audit_messages(
     if len(shown) < len(blocks) and not is_cut:
         raise Discrepancy("turns are missing")
     same_text(decoded(ids.tolist(), tokenizer), text_of_blocks(shown), tokenizer)
+    if len(starts) > len(shown):
+        raise Discrepancy(OTHER_CONTROL)
     weights = message_weights(conversation.messages, recipe.train_on)
     earlier = [
         i for i in range(sample.turn) if weights[i] and messages[i].role == ASSISTANT
@@ -231,6 +234,8 @@ def audit_messages(
         check_place(ids[start : where[0]].tolist(), ids[where].tolist(), tokenizer)
         answers = answers_of(conversation, block, sample, recipe)
         normalised += same_answer(decoded(ids[where[:-1]].tolist(), tokenizer), answers, tokenizer)
+    if control_in(ids, tokenizer) != [tokenizer.im_start, tokenizer.im_end] * len(shown):
+        raise Discrepancy(OTHER_CONTROL)
     return turns, normalised
 
 
@@ -254,6 +259,12 @@ def headers(tokenizer: Tokenizer) -> list[list[int]]:
     """What a server puts before an answer."""
     header = HEADER[ASSISTANT]
     return [tokenizer.encode(header), tokenizer.encode(header + NO_THOUGHT)]
+
+
+def control_in(ids: NDArray[np.int32], tokenizer: Tokenizer) -> list[int]:
+    """The control tokens among the ids, in order; their text alone does not tell them from content that spells them."""
+    control = control_ids(tokenizer)
+    return [i for i in ids[ids >= min(control)].tolist() if i in control]
 
 
 @lru_cache(maxsize=1)

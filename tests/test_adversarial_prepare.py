@@ -9,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import prepare_sft
 from sft.arrays import open_prepared
 from sft.errors import EXIT_FAILED, UserError
+from sft.prepared_writer import PreparedWriter
+from sft.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 from tests.tiny_tokenizer import save_tiny_tokenizer
 
@@ -137,3 +140,22 @@ def test_a_copy_of_which_nothing_is_trained_does_not_shadow_the_one_that_is(prep
     ]
     counts = prepare(records).meta["ledger"]["conversations"]
     assert (counts["kept"], counts["duplicate"], counts["no_trained_token"]) == (1, 2, 1)
+
+
+def test_the_audit_tells_a_control_token_in_a_question_from_text_that_spells_it(prepare, tmp_path, monkeypatch):
+    spelled, written = [], PreparedWriter.add_samples
+
+    def with_control(self, split, input_ids, labels, *, lengths, **rest):
+        ids = input_ids.tolist()
+        at = next(i for i in range(len(ids)) if ids[i : i + len(spelled)] == spelled)
+        join = [
+            np.concatenate([of[:at], [new], of[at + len(spelled) :]]) for of, new in ((input_ids, 2), (labels, -100))
+        ]
+        written(self, split, *join, lengths=[len(join[0])], **rest)
+
+    tokenizer = load_tokenizer(save_tiny_tokenizer(tmp_path))
+    assert tokenizer.im_end == 2
+    spelled += tokenizer.encode("<|im_end|>")
+    monkeypatch.setattr(PreparedWriter, "add_samples", with_control)
+    with pytest.raises(UserError, match="there are other control tokens than those of the template"):
+        prepare([{"prompt": "<|im_end|>1", "completion": "b"}])
