@@ -24,7 +24,7 @@ from sft.audit import COUNTS, audit_chunk, with_written
 from sft.chatml import TrainOn
 from sft.config import Resolved, load_settings, to_dict
 from sft.conversation import BadRecord, Conversation, text_of
-from sft.duplicates import Leak, content_digest, find_leaks
+from sft.duplicates import Leak, find_leaks
 from sft.errors import EXIT_FAILED, UserError, listed, run_program
 from sft.joining import BadRecords, BadRecordsChoice, Joining
 from sft.preparation import Recipe, TooLong, chunks, default_workers, render_chunk
@@ -164,7 +164,7 @@ def with_split(recipe: Recipe) -> Iterator[tuple[Conversation, bool]]:
                 conversation = recipe.read(raw, chunk.source)
             except BadRecord:
                 continue
-            yield conversation, recipe.is_validation(conversation, content_digest(conversation))
+            yield conversation, recipe.is_validation(conversation)
 
 
 def audited(

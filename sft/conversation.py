@@ -41,6 +41,10 @@ class BadRecord(Exception):
     """Why a record is refused: 'cause; remedy'."""
 
 
+class BadFile(BadRecord):
+    """Why not even the records after it can be read: nothing that may be skipped."""
+
+
 def text_of(value: object, what: str) -> str:
     """The value, if it is a string that a tokenizer can encode."""
     if not isinstance(value, str):

@@ -37,6 +37,7 @@ def tables(data: PreparedData) -> list[Table]:
         lengths_table(meta),
         sources_table(meta),
         Table("noticed", ("what", "conversations", "first"), list(noticed_rows(meta.get("noticed", {})))),
+        leaks_table(meta.get("leaks", {})),
         Table("bad records", ("the first of them",), [(text,) for text in meta.get("bad_records", [])]),
     ]
     return [table for table in found if table.rows]
@@ -90,6 +91,15 @@ def noticed_rows(noticed: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for name, found in noticed.items():
         if found["conversations"]:
             yield name.replace("_", " "), f"{found['conversations']:,}", ", ".join(found.get("first", []))
+
+
+def leaks_table(leaks: Mapping[str, Any]) -> Table:
+    """The first of the validation conversations that were dropped for being in training too; the title counts all."""
+    title = (
+        f"leaks: {leaks.get('conversations', 0):,} validation conversations, {leaks.get('exact', 0):,} word for word"
+    )
+    rows = [(leak["validation"], leak["training"], f"{leak['similarity']:.1%}") for leak in leaks.get("first", [])]
+    return Table(title, ("the first of them", "in training", "similarity"), rows)
 
 
 def settings_table(meta: Mapping[str, Any]) -> Table:

@@ -13,7 +13,7 @@ from sft.duplicates import Seen
 from sft.errors import UserError, listed
 from sft.preparation import Bad, Recipe, Rendered
 from sft.prepared_writer import PreparedWriter
-from sft.tally import DUPLICATE, IN_TRAINING, NO_TRAINED_TOKEN, Ledger
+from sft.tally import DUPLICATE, IN_TRAINING, Ledger
 
 BadRecordsChoice = Literal["error", "skip"]
 
@@ -31,12 +31,12 @@ class BadRecords:
         self.is_error = False
 
     def enter(self, name: str, read: int, bad: Iterable[Bad], errors: Iterable[Bad]) -> None:
-        """Records of a source; `errors` are never skipped. UserError as soon as there is plenty to tell."""
+        """Records of a source; `errors` and what ends a file are never skipped. UserError where there is plenty."""
         skipped = self.choice == "skip"
         self.read += read
         for is_error, problems in ((not skipped, bad), (True, errors)):
             for problem in problems:
-                self.is_error |= is_error
+                self.is_error |= is_error or problem.is_file
                 self.bad += not (is_error and skipped)
                 if len(self.first) < self.FIRST:
                     self.first.append(f"{name}:{problem.line}: {problem.message}")
@@ -75,8 +75,6 @@ class Joining:
         self.recipe, self.writer, self.bad_records = recipe, writer, bad_records
         self.leaked, self.max_samples = leaked, max_samples
         self.seen = Seen()
-        # apart: a conversation of which nothing is trained must not make its trained copy a duplicate
-        self.seen_untrained = Seen()
         self.ledger = Ledger(len(recipe.sources), SPLITS)
         self.noticed: dict[str, dict[str, Any]] = {}
 
@@ -88,9 +86,7 @@ class Joining:
             return
         is_leaked = np.array([(rendered.source, record) in self.leaked for record in rendered.records.tolist()])
         is_repeated = np.zeros(len(is_leaked), bool)
-        is_trained = np.bincount(rendered.conversation, rendered.fate != NO_TRAINED_TOKEN, len(is_leaked)) > 0
-        for seen, alike in ((self.seen, is_trained), (self.seen_untrained, ~is_trained)):
-            is_repeated[alike & ~is_leaked] = ~seen.add(rendered.digests[alike & ~is_leaked])
+        is_repeated[~is_leaked] = ~self.seen.add(rendered.digests[~is_leaked])
         fate = rendered.fate.astype(np.int64)
         fate[is_leaked[rendered.conversation]] = IN_TRAINING
         fate[is_repeated[rendered.conversation]] = DUPLICATE

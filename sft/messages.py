@@ -35,6 +35,7 @@ LOST_OF_MESSAGES = {
     "function_call": "write 'tool_calls'",
     "refusal": "write it as the content",
     "thinking": "write 'reasoning_content'",
+    **dict.fromkeys(("loss", "training", "train_detail"), "write 'train' or 'weight'"),
 }
 PLAIN_KEYS = {"role", "content", "from", "value", "name", "id", "tool_call_id"}
 PART_ORDER = {"reasoning": 0, "text": 1, "tool_call": 2}
@@ -234,7 +235,7 @@ def weight_of(item: dict[str, Any], role: str, where: str) -> float:
                 f"{where} ({role}) is marked as trained, which only assistant messages are; "
                 "remove the mark (--train_on=all trains on every token)"
             )
-        return 1.0
+        return 0.0 if False in trained else 1.0
     return weights.pop() if weights else float(item.get("train", True))
 
 

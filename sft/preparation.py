@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft.chatml import KINDS, NOT_TRAINED, TEMPLATE, TRAINED, Sample, Stretch, TrainOn, cut, render_batch, split_text
-from sft.conversation import BadRecord, Conversation, Message
-from sft.duplicates import content_digest
+from sft.conversation import BadFile, BadRecord, Conversation, Message
+from sft.duplicates import DIGEST_BYTES, said
 from sft.records import ReadOptions, oddities, read_record
 from sft.sources import RawRecord, Source, raw_records
 from sft.templates import TemplateName, content_of, is_question, reasoning_of
@@ -59,11 +61,11 @@ class Recipe:
             return conversation
         return conversation._replace(messages=(Message("system", self.system_prompt), *conversation.messages))
 
-    def is_validation(self, conversation: Conversation, digest: bytes) -> bool:
-        """A function of the seed and the group, or the content, alone: copies are never in both splits."""
+    def is_validation(self, conversation: Conversation) -> bool:
+        """A function of the seed and the group, or of what is said, alone: copies are never in both splits."""
         if self.val_fraction == 0:
             return False
-        key = digest if conversation.group is None else conversation.group.encode()
+        key = said(conversation) if conversation.group is None else conversation.group.encode()
         drawn = hashlib.blake2b(key, digest_size=8, salt=self.seed.to_bytes(16, "big", signed=True)).digest()
         return int.from_bytes(drawn, "big") < self.val_fraction * 2**64
 
@@ -79,6 +81,7 @@ class Bad(NamedTuple):
     line: int
     message: str
     size: int  # bytes
+    is_file: bool = False  # no record after it can be read
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Rendered:
     too_long: list[Bad]  # where that is an error
     records: NDArray[np.int64]  # (C,) 1-based
     lines: NDArray[np.int64]  # (C,) 1-based
-    digests: NDArray[np.uint8]  # (C, 16)
+    digests: NDArray[np.uint8]  # (C, 16) equal where the same tokens are trained in the same way
     is_val: NDArray[np.bool_]  # (C,)
     noticed: list[tuple[int, str]]  # (index of a conversation, what is odd about it)
 
@@ -130,7 +133,7 @@ def render_chunk(recipe: Recipe, chunk: Chunk) -> Rendered:
         try:
             conversations.append(recipe.read(raw, chunk.source))
         except BadRecord as error:
-            bad.append(Bad(raw.line, str(error), raw.size))
+            bad.append(Bad(raw.line, str(error), raw.size, isinstance(error, BadFile)))
         else:
             if raw.bom:
                 seen.append((len(conversations) - 1, "byte_order_mark"))
@@ -140,7 +143,7 @@ def render_chunk(recipe: Recipe, chunk: Chunk) -> Rendered:
     for index, of_one in enumerate(samples):
         for sample in of_one:
             fitted.add(index, sample, recipe)
-    digests = [content_digest(conversation) for conversation in conversations]
+    digests = [digest_of(of_one) for of_one in samples]
     return Rendered(
         source=chunk.source,
         read=len(chunk.records),
@@ -149,7 +152,7 @@ def render_chunk(recipe: Recipe, chunk: Chunk) -> Rendered:
         records=np.array([conversation.record for conversation in conversations], np.int64),
         lines=np.array([conversation.line for conversation in conversations], np.int64),
         digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16),
-        is_val=np.array([recipe.is_validation(*each) for each in zip(conversations, digests, strict=True)], bool),
+        is_val=np.array([recipe.is_validation(conversation) for conversation in conversations], bool),
         noticed=seen
         + [(index, name) for index, conversation in enumerate(shown) for name in noticed(conversation, recipe)],
         **fitted.arrays(),
@@ -227,6 +230,15 @@ class Fitted:
             "labels": np.where(weights > 0, ids, np.int32(NOT_TRAINED)),
             "weights": weights if (weight[is_trained] != 1).any() else None,
         }
+
+
+def digest_of(samples: Sequence[Sample]) -> bytes:
+    """16 bytes that are equal for equal ids, labels and weights."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for sample in samples:
+        digest.update(array("d", [len(sample.stretches), *chain.from_iterable(sample.stretches)]))
+        digest.update(sample.packed)
+    return digest.digest()
 
 
 def too_long(conversation: Conversation, length: int, recipe: Recipe) -> Bad:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from sft.conversation import BadRecord
+from sft.conversation import BadFile, BadRecord
 from sft.errors import UserError
 from sft.json_records import broken, elements, not_utf8
 
@@ -227,7 +227,7 @@ def pieces(source: Source, disk: BinaryIO, total: int) -> Iterator[Piece]:
             return
     for first_bytes, complaint in FIRST_BYTES.items():
         if head.startswith(first_bytes) and not is_text:
-            yield 1, BadRecord(f"the file {complaint}"), total, total
+            yield 1, BadFile(f"the file {complaint}"), total, total
             return
     if head.startswith(BOM):
         yield 0, None, 0, 0
@@ -240,8 +240,8 @@ def pieces(source: Source, disk: BinaryIO, total: int) -> Iterator[Piece]:
         yield from lines(file, disk, total)
 
 
-def damaged(error: Exception) -> BadRecord:
-    return BadRecord(f"the gzip file is damaged from here on ({error}); get it again")
+def damaged(error: Exception) -> BadFile:
+    return BadFile(f"the gzip file is damaged from here on ({error}); get it again")
 
 
 def lines(file: BinaryIO, disk: BinaryIO, total: int) -> Iterator[Piece]:
@@ -282,7 +282,7 @@ def array_elements(file: BinaryIO, disk: BinaryIO, total: int) -> Iterator[Piece
         yield 1, damaged(error), total, total
         return
     except UnicodeDecodeError as error:
-        yield data.count(b"\n", 0, error.start) + 1, BadRecord(not_utf8(error)), len(data), total
+        yield data.count(b"\n", 0, error.start) + 1, BadFile(not_utf8(error)), len(data), total
         return
     del data
     line, counted, last = 1, 0, 0
@@ -293,7 +293,7 @@ def array_elements(file: BinaryIO, disk: BinaryIO, total: int) -> Iterator[Piece
             size = end - start if text.isascii() else len(text[start:end].encode())
             yield line, too_long("element") if size > LONGEST_RECORD else value, size, total * end // len(text)
     except json.JSONDecodeError as error:
-        bad = BadRecord(f"{broken(error)}; mend it, the rest of the array cannot be read")
+        bad = BadFile(f"{broken(error)}; mend it, the rest of the array cannot be read")
         yield error.lineno, bad, len(text[last:].encode()), total
 
 
@@ -327,7 +327,7 @@ def parquet_rows(source: Source, total: int) -> Iterator[Piece]:
         file = parquet.ParquetFile(str(source.path), pre_buffer=False, buffer_size=BUFFER_BYTES)
         names = file.schema_arrow.names
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            yield 1, BadRecord(f"the file has several columns {twice[0]!r}; rename them"), total, total
+            yield 1, BadFile(f"the file has several columns {twice[0]!r}; rename them"), total, total
             return
         count = file.metadata.num_rows
         for batch in file.iter_batches(PARQUET_ROWS, use_threads=False):
@@ -341,14 +341,21 @@ def parquet_rows(source: Source, total: int) -> Iterator[Piece]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         why = next(iter(str(error).splitlines()), type(error).__name__)
-        bad = BadRecord(f"the Parquet file is damaged from here on ({why}); get it again")
+        bad = BadFile(f"the Parquet file is damaged from here on ({why}); get it again")
         yield row + 1, bad, total - reached, total
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the null fields that a table gives every struct for what other rows have."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def row_values(batch: Any) -> list[Any]:
     """The rows of a batch; a BadRecord for each that Python cannot hold."""
     try:
-        return batch.to_pylist()
+        return [without_nulls(row) for row in batch.to_pylist()]
     except (ValueError, OverflowError, ImportError):
         if batch.num_rows == 1:
             return [BadRecord("the row holds text that is not UTF-8, or a date that Python lacks; mend or remove it")]

@@ -14,7 +14,7 @@ from sft.preparation import FATES, KEPT, Bad, Rendered
 
 DROPPED = (*FATES[1:], "duplicate", "in_training")
 ALL_FATES = (KEPT, *DROPPED)
-NO_TRAINED_TOKEN, DUPLICATE, IN_TRAINING = map(ALL_FATES.index, ("no_trained_token", "duplicate", "in_training"))
+DUPLICATE, IN_TRAINING = map(ALL_FATES.index, ("duplicate", "in_training"))
 
 
 class Ledger:

@@ -3,8 +3,10 @@ import json
 import pytest
 
 import prepare_sft
+from sft.conversation import BadFile
 from sft.errors import UserError
 from sft.joining import BadRecords
+from sft.sources import Source, raw_records
 from tests.bad_inputs import BAD_INPUTS
 from tests.preparing import exchange, prepare, write_lines
 
@@ -35,19 +37,35 @@ def test_each_bad_input_is_refused_at_its_line_and_nothing_is_left(tmp_path, bad
     assert not (tmp_path / "data").exists()
 
 
+def ends_its_file(path):
+    return any(isinstance(raw.value, BadFile) for raw in raw_records(Source(str(path), path)))
+
+
 def test_each_bad_input_is_skipped_counted_and_named_where_that_is_asked_for(tmp_path, bad_files):
     good = write_lines(tmp_path / "good.jsonl", [GOOD])
     settings = {"bad_records": "skip", "max_bad_fraction": 1, "val_fraction": 0}
-    data = prepare(tmp_path, input=",".join(map(str, [*bad_files, good])), **settings)
+    inputs = [(path, bad) for path, bad in zip(bad_files, BAD_INPUTS, strict=True) if not ends_its_file(path)]
+    assert len(inputs) > 60
+    data = prepare(tmp_path, input=",".join(map(str, [*(path for path, _ in inputs), good])), **settings)
     ledger = data.meta["ledger"]
-    assert ledger["records"]["bad"] == len(data.meta["bad_records"]) == len(BAD_INPUTS)
-    for path, bad, problem in zip(bad_files, BAD_INPUTS, data.meta["bad_records"], strict=True):
+    assert ledger["records"]["bad"] == len(data.meta["bad_records"]) == len(inputs)
+    for (path, bad), problem in zip(inputs, data.meta["bad_records"], strict=True):
         assert problem.startswith(f"{path}:{bad.line}: {bad.message}")
     sources = data.meta["sources"]
-    assert ledger["records"]["bad_bytes"] > sum(len(bad.content) for bad in BAD_INPUTS) * 0.9
+    assert ledger["records"]["bad_bytes"] > sum(len(bad.content) for _, bad in inputs) * 0.9
     assert ledger["records"]["read"] == sum(source["records"] for source in sources)
-    assert [source["records"] - source["conversations"] for source in sources] == [1] * len(BAD_INPUTS) + [0]
-    assert data.splits["train"].origins[-1].tolist() == [len(BAD_INPUTS), 1, -1]
+    assert [source["records"] - source["conversations"] for source in sources] == [1] * len(inputs) + [0]
+    assert data.splits["train"].origins[-1].tolist() == [len(inputs), 1, -1]
+
+
+def test_what_keeps_the_rest_of_a_file_from_being_read_is_never_skipped(tmp_path, bad_files):
+    inputs = [(path, bad) for path, bad in zip(bad_files, BAD_INPUTS, strict=True) if ends_its_file(path)]
+    assert len(inputs) > 10
+    good = write_lines(tmp_path / "good.jsonl", [GOOD])
+    for path, bad in inputs:
+        with pytest.raises(UserError) as caught:
+            prepare(tmp_path, input=f"{good},{path}", bad_records="skip", max_bad_fraction=1)
+        assert f"{path}:{bad.line}: {bad.message}" in str(caught.value)
 
 
 def bad_lines(count):

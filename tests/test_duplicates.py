@@ -2,6 +2,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -29,31 +30,49 @@ def test_equal_content_has_one_digest_wherever_it_is_and_whatever_it_weighs():
 # Pieces of the digest's own framing, so that text may pretend to be what follows it.
 TEXT = st.lists(st.sampled_from(["", "a", "é", "1:", "user 1:a", "~0:", "@1,1:", "#1:a", "$"]), max_size=3).map("".join)
 CALLS = st.lists(st.builds(ToolCall, TEXT, TEXT), max_size=2).map(tuple)
-MESSAGE = st.tuples(st.sampled_from(["user", "assistant"]), TEXT, st.none() | TEXT, CALLS).map(
+MESSAGE = st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXT, st.none() | TEXT, CALLS).map(
     lambda fields: Message(*fields)
 )
 PARTS = st.tuples(st.lists(MESSAGE, max_size=2).map(tuple), st.none() | TEXT, st.lists(TEXT, max_size=2).map(tuple))
 CONVERSATION = PARTS.map(lambda parts: Conversation(parts[0], text=parts[1], tools=parts[2]))
 
 
+def what_is_said(conversation):
+    messages = [
+        (role, normalize("NFC", content), calls)
+        for role, content, _, calls, _ in conversation.messages
+        if role != "system"
+    ]
+    return tuple(messages), None if conversation.text is None else normalize("NFC", conversation.text)
+
+
 @given(conversations=st.lists(CONVERSATION, min_size=2, max_size=20))
-def test_different_content_has_different_digests(conversations):
-    assert len({content_digest(each) for each in conversations}) == len(set(conversations))
+def test_digests_differ_where_something_else_is_said(conversations):
+    assert len({content_digest(each) for each in conversations}) == len(set(map(what_is_said, conversations)))
+
+
+def test_a_digest_does_not_tell_how_or_under_which_instructions_something_is_said():
+    plain = conversation("caf\u00e9", "b")
+    asked, answered = conversation("cafe\u0301", "b").messages
+    thought = answered._replace(reasoning="r")
+    for other in (
+        Conversation((Message("system", "Be brief."), *plain.messages)),
+        Conversation((asked, answered)),
+        Conversation((asked, thought)),
+        plain._replace(tools=("{}",)),
+    ):
+        assert content_digest(other) == content_digest(plain)
 
 
 def test_what_pretends_to_be_the_frame_has_a_digest_of_its_own():
     pairs = [
         (conversation("a", "b"), conversation("aassistant 1:b")),
         (conversation("a", "b"), conversation("aassistant b")),
-        (Conversation((), tools=("a", "b")), Conversation((), tools=("a#b",))),
-        (Conversation((Message("assistant", "a", "b"),)), conversation("", "a~1:b")),
-        (Conversation((Message("assistant", "a", ""),)), Conversation((Message("assistant", "a"),))),
         (
             Conversation((Message("assistant", "", None, (ToolCall("ab", "c"),)),)),
             Conversation((Message("assistant", "", None, (ToolCall("a", "bc"),)),)),
         ),
         (Conversation((), text=""), Conversation(())),
-        (Conversation((), text="", tools=("a",)), Conversation((), text="#1:a")),
     ]
     for one, other in pairs:
         assert content_digest(one) != content_digest(other)

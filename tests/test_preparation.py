@@ -61,10 +61,31 @@ def test_only_a_split_that_has_weights_has_their_file(tmp_path):
     data = prepare(tmp_path, plain, val_fraction=0.3)
     assert data.splits["train"].weights is not None
     assert data.splits["val"].weights is None
-    copy = dialogue(("user", "What is 0?"), ("assistant", "a cat", {"weight": 3}))
-    data = prepare(tmp_path, [exchange("What is 0?", "a cat"), copy], val_fraction=0)
-    assert data.meta["ledger"]["conversations"]["duplicate"] == 1
-    assert data.splits["train"].weights is None
+
+
+def test_what_is_trained_differently_is_no_duplicate(tmp_path):
+    turns = [("user", "What is it?"), ("assistant", "a cat"), ("user", "And that?"), ("assistant", "a hat")]
+    first, second = ([*turns[:place], (*turns[place], {"train": False}), *turns[place + 1 :]] for place in (1, 3))
+    heavy = [*turns[:3], (*turns[3], {"weight": 3})]
+    records = [dialogue(*each) for each in (turns, first, second, heavy, turns, second)]
+    data = prepare(tmp_path, records, val_fraction=0)
+    assert data.splits["train"].origins[:, 1].tolist() == [1, 2, 3, 4]
+    assert data.meta["ledger"]["conversations"]["duplicate"] == 2
+
+
+def test_what_is_rendered_alike_is_a_duplicate_and_in_one_split(tmp_path):
+    records = []
+    for number in range(40):
+        for reasoning in ("r", "s"):  # for which chatml has no place
+            answer = {"role": "assistant", "content": "a cat", "reasoning_content": reasoning}
+            records.append({"messages": [{"role": "user", "content": f"What is {number}?"}, answer]})
+    data = prepare(tmp_path, records, val_fraction=0.4)
+    assert data.meta["ledger"]["conversations"]["duplicate"] == 40
+    expanded = prepare(tmp_path, records, val_fraction=0.4, template="qwen3")
+    train, val = ({(record - 1) // 2 for record in split.origins[:, 1]} for split in expanded.splits.values())
+    assert len(train | val) == 40
+    assert train.isdisjoint(val)
+    assert val
 
 
 def test_the_first_weight_may_come_after_thousands_of_samples_without_one(tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ import prepare_sft
 from sft import preparation
 from sft.arrays import open_prepared, verify_checksums
 from sft.conversation import Conversation, Message
-from sft.duplicates import content_digest
 from sft.errors import UserError
 from sft.tokenizer import load_tokenizer
 from tests.conftest import ROOT
@@ -106,7 +105,7 @@ def test_the_split_is_a_function_of_seed_and_content(tokenizer_file):
 
     def chosen(seed, fraction, of=conversations):
         choice = recipe(tokenizer_file, seed=seed, val_fraction=fraction)
-        return [choice.is_validation(conversation, content_digest(conversation)) for conversation in of]
+        return [choice.is_validation(conversation) for conversation in of]
 
     assert 0.16 < np.mean(chosen(1, 0.2)) < 0.24
     assert chosen(1, 0.2) != chosen(2, 0.2)

@@ -318,3 +318,17 @@ def test_parquet_without_its_library_names_the_extra(tmp_path, monkeypatch):
 def test_a_file_that_is_gone_is_an_error_of_the_operating_system(tmp_path):
     with pytest.raises(FileNotFoundError):
         raws(tmp_path / "none.jsonl")
+
+
+def test_the_nulls_that_a_table_adds_to_structs_are_no_part_of_a_record(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def called(arguments):
+        call = {"name": "f", "arguments": arguments}
+        return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]}
+
+    table = pyarrow.Table.from_pylist([called({"city": "x"}), called({"day": 1})])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    found = [read_record(raw, ReadOptions(), 0) for raw in raws(tmp_path / "a.parquet")]
+    assert [each.messages[1].tool_calls[0].arguments for each in found] == ['{"city": "x"}', '{"day": 1}']
