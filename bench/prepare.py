@@ -5,12 +5,15 @@ PYTHONPATH=. OMP_NUM_THREADS=1 python bench/prepare.py --input=gsm8k/train.jsonl
 (needs the extra `bench`, trl and datasets: pip install -e '.[bench]', best in an environment of its own)
 
 The input, JSON lines with question and answer, is repeated up to a size; each repeat's questions begin with its number,
-since prepare_sft.py drops duplicates. All three read that very file and have the same two cores for two processes:
+since prepare_sft.py drops duplicates. All three work on that very file and have the same two cores:
 
-ours   prepare_sft.py, from the file to arrays on disk; its start-up and its audit are told apart
+ours   prepare_sft.py, from the file to arrays on disk: one process reads the file and writes the arrays, two workers
+       render and encode; its start-up and its audit are told apart
 TRL    datasets.map(num_proc=2) over apply_chat_template with return_assistant_tokens_mask, as TRL's trainer does it,
-       with the template that TRL ships for training; reading the file is not counted, nor are labels made of the masks
-bare   tiktoken's encode_ordinary with the published pattern over the strings between control tokens; no use of the ids
+       with the template that TRL ships for training: two workers, and a process that waits for them; reading the file
+       is not counted, nor are labels made of the masks
+bare   tiktoken's encode_ordinary with the published pattern over the strings between control tokens: two processes,
+       which have the strings in memory and make no use of the ids
 
 Rates are in tokens of whole conversations for all three. Ids and labels are then compared: TRL's template trains the
 line break after <|im_end|> too, which ours does not, so that it is taken out; conversations whose answer begins with a
@@ -59,7 +62,7 @@ class PrepareBenchmark:
     input: str  # JSON lines with question and answer
     tokenizer: str  # folder with Qwen3's tokenizer.json
     megabytes: float = 50  # the input is repeated up to so many
-    processes: int = 2  # of each contestant, on so many cores
+    processes: int = 2  # that encode, of each contestant, on so many cores
     repeats: int = 3  # of every contestant, taking turns; medians are told
     out: str = "bench/results/prepare_cpu.json"  # where the result goes
 

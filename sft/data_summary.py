@@ -94,10 +94,9 @@ def noticed_rows(noticed: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def leaks_table(leaks: Mapping[str, Any]) -> Table:
-    """The first of the validation conversations that were dropped for being in training too; the title counts all."""
-    title = (
-        f"leaks: {leaks.get('conversations', 0):,} validation conversations, {leaks.get('exact', 0):,} word for word"
-    )
+    """The first of the validation conversations that were dropped for being in training; the title counts all."""
+    title = f"dropped from validation for being in training: {leaks.get('conversations', 0):,}"
+    title += f", {leaks.get('exact', 0):,} of them exactly"
     rows = [(leak["validation"], leak["training"], f"{leak['similarity']:.1%}") for leak in leaks.get("first", [])]
     return Table(title, ("the first of them", "in training", "similarity"), rows)
 

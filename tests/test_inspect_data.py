@@ -151,7 +151,9 @@ def test_the_choice_is_spread_over_the_data_repeatable_and_told(many, show):
     chosen = names(first)
     place = [int(name.split(":")[1]) + 40 * name.startswith("val") for name in chosen]
     assert [7 * i <= at < 7 * (i + 1) for i, at in enumerate(place)] == [True] * 6
-    assert "6 of 42 samples, drawn from 6 equal parts of the data (seed 0)" in first
+    assert "6 of 42 samples, drawn from 6 equal parts of the data (seed 0);" in first
+    assert "1 of 42 samples, drawn from all of the data (seed 0);" in show(many, "--n=1")
+    assert "0 of 42 samples;" in show(many, "--n=0")
     assert names(show(many, "--n=6")) == chosen
     assert names(show(many, "--n=6", "--seed=1")) != chosen
     assert len(names(show(many))) == 5
@@ -209,6 +211,20 @@ def test_the_summary_tells_the_ledger_the_lengths_the_oddities_and_the_audit(man
     assert f"audit passed: conversations 42, trained tokens {trained:,}" in out
     assert "raw/cats.jsonl:9: not valid JSON; <0x1B>mend it" in out
     assert "template chatml, block_size 1,234" in out
+
+
+def test_validation_conversations_that_are_in_training_are_told_with_their_places(made, show, tmp_path):
+    made.add("one", "cat")
+    places = {"validation": "raw/cats.jsonl, record 37", "training": "raw/\x1b[2Jdogs.jsonl, record 2"}
+    folder = made.write(leaks={"conversations": 1234, "exact": 56, "first": [{**places, "similarity": 0.875}]})
+    out = show(folder, "--n=0")
+    assert "dropped from validation for being in training: 1,234, 56 of them exactly\n" in out
+    assert re.search(r"^  raw/cats.jsonl, record 37 +raw/<0x1B>\[2Jdogs.jsonl, record 2 +87.5%$", out, re.MULTILINE)
+    show(folder, f"--html={tmp_path / 'page.html'}")
+    (table,) = [table for table in data_of(tmp_path / "page.html")["facts"]["tables"] if "dropped" in table["title"]]
+    assert table["rows"] == [[*places.values(), "87.5%"]]
+    without = made.write(leaks={"conversations": 0, "exact": 0, "first": []})
+    assert "from validation" not in show(without, "--n=0")
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,9 @@ def main(argv: list[str]) -> None:
     else:
         places, among = choose(data, count, split=settings.split, source=settings.source, seed=settings.seed)
         choice = f"{len(places):,} of {among:,} samples"
-        if len(places) < among:
-            choice += f", drawn from {len(places):,} equal parts of the data (seed {settings.seed})"
+        if 0 < len(places) < among:
+            parts = "all" if len(places) == 1 else f"{len(places):,} equal parts"
+            choice += f", drawn from {parts} of the data (seed {settings.seed})"
     tokenizer = load_tokenizer(data.folder)
     if settings.html is None:
         print_samples(data, (view(data, *place, tokenizer) for place in places), choice, tokenizer)
