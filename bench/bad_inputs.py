@@ -1,15 +1,16 @@
-"""What TRL does with the inputs that prepare_sft.py refuses, as a table.
+"""What prepare_sft.py and TRL do with inputs in which one thing is wrong, as a table.
 
 PYTHONPATH=. OMP_NUM_THREADS=1 python bench/bad_inputs.py --tokenizer=qwen3
 
 (needs the extra `bench`, trl and datasets: pip install -e '.[bench]', best in an environment of its own)
 
 Each input is one of the list that the tests hold us to: a file in which one thing is wrong, mostly between two good
-records, which for TRL are of the bad one's format, since it cannot mix them. TRL reads it as its users do:
-datasets.load_dataset, then SFTTrainer over a model of a few weights, which prepares the data and no more. An input is
-refused with its place   where the message names the line or row,
+records, which for TRL are of the bad one's format, since it cannot mix them. Ours is the program itself, run on that
+file. TRL reads it as its users do: datasets.load_dataset, then SFTTrainer over a model of a few weights, which prepares
+the data and no more. An input is
+refused with its place   where the message names the line or row; of ours, the file and the very line that is wrong,
 refused                  where there is an exception without it, or the process dies,
-accepted                 where the trainer would have started.
+accepted                 where there would be data to train on.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+
+import prepare_sft
 from sft.config import load_settings
 from sft.errors import UserError, run_program
 from tests.bad_inputs import BAD_INPUTS, GOOD, BadInput
@@ -37,6 +40,7 @@ GOOD_MESSAGES = [{"role": "user", "content": "the cat"}, {"role": "assistant", "
 GOOD_TURNS = [{"from": "human", "value": "the cat"}, {"from": "gpt", "value": "sat"}]
 GOOD_RECORDS = {"messages": GOOD_MESSAGES, "conversations": GOOD_TURNS, "text": "the cat sat"}
 REFUSED_WITH_PLACE, REFUSED, ACCEPTED = "refused with its place", "refused", "accepted"
+OUTCOMES = (REFUSED_WITH_PLACE, REFUSED, ACCEPTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +48,26 @@ class BadInputsBenchmark:
     """Every knob of this benchmark."""
 
     tokenizer: str  # folder with a tokenizer.json and its chat template
-    seconds: int = 120  # for an input
+    seconds: int = 120  # of TRL's for an input
     out: str = "bench/results/bad_inputs.json"  # where the result goes
+
+
+def what_ours_does(bad: BadInput, tokenizer_path: str) -> tuple[str, str]:
+    """What prepare_sft.py does, and the first problem it tells of that line, else whatever it says first."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, out_dir = Path(folder) / bad.file, Path(folder) / "prepared"
+        path.write_bytes(bad.content)
+        try:
+            given = {"input": path, "tokenizer": tokenizer_path, "out_dir": out_dir, "val_fraction": 0, "workers": 1}
+            prepare_sft.main([f"--{name}={value}" for name, value in given.items()])
+        except UserError as error:
+            told = str(error).splitlines()
+        else:
+            return ACCEPTED, f"{len(np.load(out_dir / 'train_offsets.npy')) - 1} samples"
+    place = f"  {path}:{bad.line}: "
+    problem = next((line for line in told if line.startswith(place)), None)
+    shown = (problem or told[0]).replace(f"{folder}/", "").strip()
+    return REFUSED if problem is None else REFUSED_WITH_PLACE, shown
 
 
 def trl_prepares(tokenizer_path: str) -> Callable[[Path], int]:
@@ -99,8 +121,8 @@ def short(text: str) -> str:
     return line if len(line) <= 160 else line[:157] + "..."
 
 
-def behaviour(bad: BadInput, prepare: Callable[[Path], int], *, seconds: int) -> tuple[str, str]:
-    """What TRL does, in a process of its own: one input may bring it down."""
+def what_trl_does(bad: BadInput, prepare: Callable[[Path], int], *, seconds: int) -> tuple[str, str]:
+    """Its outcome and words, from a process of its own: one input may bring it down."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / bad.file
@@ -128,23 +150,22 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"{error.name} is missing; pip install -e '.[bench]', best in an environment of its own"
         ) from error
-    table: list[dict[str, Any]] = []
-    for bad in BAD_INPUTS:
-        what, told = behaviour(bad, prepare, seconds=settings.seconds)
-        ours = f"{bad.file}:{bad.line}: {bad.message}"
-        table.append({"input": bad.name, "ours": ours, "trl": what, "trl_says": told})
-        print(f"{bad.name:<34} {what:<24} {told}", flush=True)
-    counts = Counter(row["trl"] for row in table)
+    answers = [what_ours_does(bad, settings.tokenizer) for bad in BAD_INPUTS]
+    table: list[dict[str, str]] = []
+    for bad, (ours, ours_says) in zip(BAD_INPUTS, answers, strict=True):
+        trl, trl_says = what_trl_does(bad, prepare, seconds=settings.seconds)
+        table.append({"input": bad.name, "ours": ours, "ours_says": ours_says, "trl": trl, "trl_says": trl_says})
+        print(f"{bad.name:<34} ours {ours:<24} TRL {trl:<24} {trl_says}", flush=True)
+    counts = {who: Counter(row[who] for row in table) for who in ("ours", "trl")}
     report = {
         "command": " ".join(["PYTHONPATH=. OMP_NUM_THREADS=1 python bench/bad_inputs.py", *argv]),
         "python": platform.python_version(),
         **{name: version(name) for name in ("trl", "datasets", "transformers", "pyarrow", "torch")},
         "inputs": len(table),
-        "refused_by_ours_with_line": len(table),  # tests/test_bad_inputs.py holds it
-        "trl_does": {name: counts[name] for name in (REFUSED_WITH_PLACE, REFUSED, ACCEPTED)},
+        **{f"{who}_does": {name: found[name] for name in OUTCOMES} for who, found in counts.items()},
         "table": table,
     }
-    print(f"of {len(table)} inputs, all refused with file and line by ours, TRL: {report['trl_does']}")
+    print(f"of {len(table)} inputs, ours: {report['ours_does']}, TRL: {report['trl_does']}")
     Path(settings.out).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
