@@ -24,6 +24,7 @@ from sft.audit import COUNTS, audit_chunk, with_written
 from sft.chatml import TrainOn
 from sft.config import Resolved, load_settings, to_dict
 from sft.conversation import BadRecord, Conversation, text_of
+from sft.data_report import summary
 from sft.duplicates import Leak, find_leaks
 from sft.errors import EXIT_FAILED, UserError, listed, run_program
 from sft.joining import BadRecords, BadRecordsChoice, Joining
@@ -31,7 +32,6 @@ from sft.preparation import Recipe, TooLong, chunks, default_workers, render_chu
 from sft.prepared_writer import PreparedWriter, earlier_meta
 from sft.records import Format, ReadOptions, parse_fields
 from sft.sources import Source, find_sources, spool_standard_input
-from sft.tally import DROPPED
 from sft.templates import JINJA_NAME, TemplateName, jinja_file
 from sft.tokenizer import Tokenizer, copy_whole, load_tokenizer
 from sft.workers import Workers
@@ -41,7 +41,7 @@ SPOOL = "standard_input.partial"
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
-    """Every knob of preparing. A sample is a rendered conversation; its length counts control tokens too."""
+    """Every knob of preparing. A sample is a rendered conversation, or one trained turn of it, or a piece of text."""
 
     input: str  # files, folders, globs or - (standard input), separated by commas; a.jsonl:0.7 = 0.7 epochs per pass
     tokenizer: str  # tokenizer.json, *.tiktoken, or a folder that holds one
@@ -49,7 +49,7 @@ class PrepareSettings:
     format: Format = "auto"  # of the records; auto = recognised record by record
     fields: str | None = None  # columns under other names: prompt:their_name,completion:their_other_name
     block_size: int = 2048  # tokens of the longest sample that is kept
-    too_long: TooLong = "drop"  # cut removes whole turns from the end; split cuts plain text into pieces and keeps all
+    too_long: TooLong = "drop"  # cut: turns from the end, plain text inside; split: the same, but all of a text
     template: TemplateName = "chatml"  # how a conversation becomes text; qwen3 has a think block for reasoning
     train_on: TrainOn = "assistant"  # all assistant turns, the last one only, or all tokens but tool results
     system_prompt: str | None = None  # put in front of conversations that have no system turn
@@ -59,7 +59,7 @@ class PrepareSettings:
     seed: int = 1337  # of the choice of validation conversations
     bad_records: BadRecordsChoice = "error"  # skip = leave them out, count them and tell the first
     max_bad_fraction: float = 0.01  # share of records that may be skipped before it is an error all the same
-    max_samples: int | None = None  # stop once so many are kept; None = read everything
+    max_samples: int | None = None  # stop with the conversation that makes it so many; None = read everything
     workers: int | None = None  # processes; None = one per processor; the output is the same for any number
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -136,6 +136,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Search for leaks, render and write, audit what was written; the whole meta.json."""
     settings = resolved.settings
+    stamps = [stamp_of(source) for source in recipe.sources]
     bad_records = BadRecords(settings.bad_records, settings.max_bad_fraction)
     leaks: dict[tuple[int, int], Leak] = {}
     if settings.near_duplicates or settings.group_by is not None:
@@ -152,8 +153,18 @@ def prepare(
     with phases.phase("audit"), progress(recipe, "auditing") as advance:
         audit = audited(recipe, writer.folder, workers, joining, advance)
     with phases.phase("closing"):
+        if changed := [
+            each.name for each, stamp in zip(recipe.sources, stamps, strict=True) if stamp_of(each) != stamp
+        ]:
+            raise UserError(f"{', '.join(changed)}: changed while it was read, nothing was prepared; start again")
         copy_tokenizer(recipe, writer.folder)
         return writer.finish(facts(resolved, recipe, joining, leaks=leaks, audit=audit))
+
+
+def stamp_of(source: Source) -> tuple[int, int]:
+    """What changes with a file: its size and the time of its last change."""
+    status = source.path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def with_split(recipe: Recipe) -> Iterator[tuple[Conversation, bool]]:
@@ -302,65 +313,6 @@ def told_leaks(recipe: Recipe, leaks: Mapping[tuple[int, int], Leak]) -> dict[st
         for found, leak in islice(leaks.items(), BadRecords.FIRST)
     ]
     return {"conversations": len(leaks), "exact": sum(leak.exact for leak in leaks.values()), "first": first}
-
-
-def summary(out_dir: str, meta: Mapping[str, Any]) -> str:
-    """The ledger and what else is worth knowing, for people."""
-    ledger, lengths = meta["ledger"], meta["lengths"]["all"]
-    conversations, tokens, splits = ledger["conversations"], ledger["tokens"], ledger["splits"]
-    total = tokens["total"]
-    parts = {"trained": tokens["trained"]}
-    parts |= {f"masked, {role}": count for role, count in tokens["masked"].items()}
-    parts |= {"template": tokens["template"], "repeated history": tokens["repeated_history"], "cut": tokens["cut"]}
-    parts |= {f"dropped, {reason.replace('_', ' ')}": count for reason, count in tokens["dropped"].items()}
-    dropped = ", ".join(f"{reason.replace('_', ' ')} {conversations[reason]:,}" for reason in DROPPED)
-    lines = [
-        f"prepared {out_dir}: {conversations['read']:,} conversations, kept {conversations['kept']:,}",
-        f"  dropped  {dropped}",
-        f"  samples  train {splits['train']['samples']:,}, val {splits['val']['samples']:,}; "
-        f"{conversations['shortened']:,} conversations cut to fit, {conversations['expanded']:,} in several samples",
-        f"  lengths  min {lengths['min']:,}  median {lengths['median']:,.0f}  mean {lengths['mean']:,.1f}  "
-        f"p95 {lengths['p95']:,.0f}  max {lengths['max']:,} tokens",
-        "  tokens",
-        *(f"    {name:<28} {count:>15,}  {count / total:6.1%}" for name, count in parts.items() if count),
-        f"    {'total':<28} {total:>15,}",
-    ]
-    for name, found in meta["noticed"].items():
-        more = ", ..." if found["conversations"] > 3 else ""
-        lines.append(f"  {NOTICED[name]}: {found['conversations']:,} conversations")
-        lines.append(f"    {', '.join(found['first'][:3])}{more}")
-    if meta["leaks"]["conversations"]:
-        lines.append(
-            f"  validation conversations dropped for being in training: {meta['leaks']['conversations']:,}, the first:"
-        )
-        lines += [
-            f"    {leak['validation']} is {leak['similarity']:.0%} that of {leak['training']}"
-            for leak in meta["leaks"]["first"]
-        ]
-    if bad := ledger["records"]["bad"]:
-        lines.append(f"  skipped {bad:,} bad records ({ledger['records']['bad_bytes']:,} bytes), the first:")
-        lines += [f"    {problem}" for problem in meta["bad_records"]]
-    if meta["settings"]["val_fraction"] > 0 and splits["val"]["samples"] == 0:
-        lines.append("  no conversation fell to validation; raise val_fraction to have some")
-    audit = meta["audit"]
-    lines.append(
-        f"  audit    passed: {audit['samples']:,} samples read again, {audit['trained_turns']:,} trained turns are "
-        f"their answers, {audit['normalised_turns']:,} of them after the tokenizer's normalisation"
-    )
-    return "\n".join(lines)
-
-
-NOTICED = {
-    "spells_control": "control tokens spelled in content, kept as ordinary text",
-    "empty_turn": "turns without content",
-    "user_turns_in_a_row": "two user turns in a row",
-    "assistant_first": "an assistant turn first",
-    "user_last": "a user turn last, which nothing answers",
-    "nul": "NUL characters",
-    "byte_order_mark": "a byte order mark at the beginning of the file",
-    "reasoning_not_in_template": "reasoning left out, for which --template=chatml has no place (qwen3 has)",
-    "changed_by_template": "text that the template qwen3 leaves out of an answer",
-}
 
 
 if __name__ == "__main__":

@@ -48,10 +48,16 @@ def audit_problems(meta: Mapping[str, Any], splits: Mapping[str, Samples]) -> It
     audit = meta.get("audit")
     if not isinstance(audit, Mapping):
         yield "it has no audit"
-    elif audit.get("passed") is not True:
+        return
+    if audit.get("passed") is not True:
         yield "its audit did not pass"
-    elif (told := audit.get("samples")) != (held := sum(map(len, splits.values()))):
-        yield f"its audit is of {reprlib.repr(told)} samples, the arrays hold {held:,}"
+        return
+    for name, held in (
+        ("samples", sum(map(len, splits.values()))),
+        ("tokens", sum(len(samples.input_ids) for samples in splits.values())),
+    ):
+        if (told := audit.get(name)) != held:
+            yield f"its audit is of {reprlib.repr(told)} {name}, the arrays hold {held:,}"
 
 
 def counts_of(ledger: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def sample_problems(split: str, samples: Samples, max_id: int) -> Iterator[str]:
         summed[starts] = 0  # nothing predicts the first token
         found["ids"] |= not 0 <= int(ids.min()) <= int(ids.max()) <= max_id
         found["labels"] |= bool(((labels != ids) & trained).any())
-        found["weights"] |= bool(((weights > 0) != trained).any())
+        found["weights"] |= bool(((weights > 0) != trained).any() or not np.isfinite(weights).all())
         sums = np.add.reduceat(summed, starts)
         found["targets"] |= not np.allclose(sums, samples.targets[begin:end], rtol=SUMS_AGREE, atol=0)
         begin = end

@@ -11,18 +11,39 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
+from operator import or_
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.chatml import KINDS, NOT_TRAINED, TEMPLATE, TRAINED, Sample, Stretch, TrainOn, cut, render_batch, split_text
+from sft.chatml import (
+    KINDS,
+    NOT_TRAINED,
+    TEMPLATE,
+    TRAINED,
+    Sample,
+    Stretch,
+    TrainOn,
+    cut,
+    message_weights,
+    render_batch,
+    split_text,
+)
 from sft.conversation import BadFile, BadRecord, Conversation, Message
 from sft.duplicates import DIGEST_BYTES, said
 from sft.records import ReadOptions, oddities, read_record
 from sft.sources import RawRecord, Source, raw_records
-from sft.templates import TemplateName, content_of, is_question, reasoning_of
+from sft.templates import (
+    HEADER,
+    TemplateName,
+    calls_text,
+    content_of,
+    each_turn_stands_alone,
+    is_question,
+    reasoning_of,
+)
 from sft.tokenizer import Tokenizer
 
 TooLong = Literal["drop", "cut", "split", "error"]
@@ -30,6 +51,8 @@ TooLong = Literal["drop", "cut", "split", "error"]
 # A chunk has so many records, or fewer where they are long: what memory is bounded by.
 CHUNK_RECORDS = 500
 CHUNK_BYTES = 1_000_000
+
+MERGING = {" ", "\t", "\n", "\r"}  # what an answer may begin with, to merge with the line end of its header
 
 KEPT = "kept"
 FATES = (KEPT, "too_long", "no_trained_token")  # what rendering alone can tell of a sample
@@ -251,16 +274,32 @@ def noticed(conversation: Conversation, recipe: Recipe) -> Iterator[str]:
     yield from oddities(conversation)
     if any(map(recipe.tokenizer.spells_control, spoken(conversation))):
         yield "spells_control"
-    asked = False
-    for message in conversation.messages:
-        asked = asked or is_question(message)
-        if message.role == "assistant":
-            if recipe.template == "chatml" and message.reasoning:
-                yield "reasoning_not_in_template"
-                return
-            if recipe.template == "qwen3" and loses_text(message, asked=asked):
-                yield "changed_by_template"
-                return
+    messages, template = conversation.messages, recipe.template
+    answers = [message for message in messages if message.role == "assistant"]
+    if template == "chatml" and any(message.reasoning for message in answers):
+        yield "reasoning_not_in_template"
+    if template == "qwen3":
+        asked = accumulate(map(is_question, messages), or_)
+        pairs = zip(messages, asked, strict=True)
+        if any(message.role == "assistant" and loses_text(message, asked=so_far) for message, so_far in pairs):
+            yield "changed_by_template"
+    if each_turn_stands_alone(messages, template):
+        weights = message_weights(messages, recipe.train_on)
+        turns = [i for i, message in enumerate(messages) if message.role == "assistant" and weights[i]]
+        if turns and turns[-1] < len(messages) - 1:
+            yield "tail_left_out"
+    elif any(merges_with_header(message, recipe) for message in answers if message is not messages[-1]):
+        yield "answer_apart_in_history"
+
+
+def merges_with_header(message: Message, recipe: Recipe) -> bool:
+    """Whether an answer would have other ids together with its header, as a server has it in a later turn's history."""
+    if not message.weight or message.content[:1] not in MERGING:
+        return False
+    content = content_of(message, recipe.template)
+    answer = content + calls_text(message, has_content=bool(content))
+    header, apart, together = recipe.tokenizer.packed([HEADER["assistant"], answer, HEADER["assistant"] + answer])
+    return header + apart != together
 
 
 def spoken(conversation: Conversation) -> Iterator[str]:

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.chatml import KINDS, MASKED, REPEATED, TEMPLATE, TRAINED
+from sft.ledger import DROPPED, PER_SOURCE, PER_SPLIT
 from sft.preparation import FATES, KEPT, Bad, Rendered
 
-DROPPED = (*FATES[1:], "duplicate", "in_training")
 ALL_FATES = (KEPT, *DROPPED)
+assert ALL_FATES[: len(FATES)] == FATES
 DUPLICATE, IN_TRAINING = map(ALL_FATES.index, ("duplicate", "in_training"))
 
 
@@ -25,9 +26,8 @@ class Ledger:
         self.conversations = Counter(dict.fromkeys(("read", *ALL_FATES, "shortened", "expanded"), 0))
         self.kinds = np.zeros(len(KINDS), np.int64)  # of what is kept
         self.tokens = Counter(dict.fromkeys(("total", "cut", *DROPPED), 0))
-        self.splits = {split: Counter(dict.fromkeys(("samples", "tokens", "trained_tokens"), 0)) for split in splits}
-        names = ("records", "conversations", "samples", "tokens", "trained_tokens")
-        self.sources = [Counter(dict.fromkeys(names, 0)) for _ in range(sources)]
+        self.splits = {split: Counter(dict.fromkeys(PER_SPLIT, 0)) for split in splits}
+        self.sources = [Counter(dict.fromkeys(PER_SOURCE, 0)) for _ in range(sources)]
 
     def enter_records(self, source: int, read: int, bad: Sequence[Bad]) -> None:
         self.records.update(read=read, bad=len(bad), bad_bytes=sum(each.size for each in bad))

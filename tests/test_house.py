@@ -36,7 +36,7 @@ LOWEST = {
         "chatml",
     ),
     *("duplicates", "workers", "preparation", "tally", "joining", "audit", "ledger", "packing", "arrays"),
-    *("prepared_writer", "data_summary", "sample_view", "sample_choice", "page"),
+    *("prepared_writer", "data_summary", "data_report", "sample_view", "sample_choice", "page"),
 }
 HIGHEST = {"step", "evaluation", "generate", "journal", "run"}
 LIBRARIES_OF_THE_LOWEST = {"numpy", "tokenizers", "tiktoken", "tqdm", "pyarrow", "datasketch"}

@@ -44,7 +44,7 @@ META = {
             "val": {"samples": 1, "tokens": 3, "trained_tokens": 2},
         },
     },
-    "audit": {"passed": True, "samples": 4},
+    "audit": {"passed": True, "samples": 4, "tokens": 12},
     "max_id": 8,
 }
 
@@ -107,6 +107,7 @@ def test_a_count_that_is_one_too_high_is_noticed(name):
         ([("audit.passed", False)], "its audit did not pass"),
         ([("audit.passed", 1)], "its audit did not pass"),
         ([("audit.samples", 3)], "its audit is of 3 samples, the arrays hold 4"),
+        ([("audit.tokens", 11)], "its audit is of 11 tokens, the arrays hold 12"),
         ([("ledger", None)], "it has no ledger"),
         ([("sources", None)], "it has no list of sources"),
         ([("ledger.tokens.total", 41)], "its ledger does not add up: tokens.total is 41, its parts come to 40"),

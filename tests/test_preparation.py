@@ -1,9 +1,15 @@
 import numpy as np
 import pytest
 
+import prepare_sft
 from sft.arrays import ArrayReader
+from sft.chatml import render
+from sft.conversation import Conversation, Message
+from sft.preparation import Fitted
 from sft.prepared_writer import PreparedWriter
+from sft.tokenizer import load_tokenizer
 from tests.preparing import dialogue, exchange, prepare, texts, tokenizer_of, trained_texts
+from tests.tiny_tokenizer import save_tiny_tokenizer
 
 
 def weights_of(data, sample=0):
@@ -192,3 +198,24 @@ def test_a_cut_that_would_end_before_the_trained_turn_of_a_sample_drops_it(tmp_p
     assert ledger["tokens"]["cut"] == 0
     assert ledger["tokens"]["dropped"]["too_long"] > 48
     assert (ledger["conversations"]["kept"], ledger["conversations"]["expanded"]) == (1, 1)
+
+
+def test_the_labels_that_are_written_are_those_of_each_sample(tmp_path):
+    tokenizer = load_tokenizer(save_tiny_tokenizer(tmp_path))
+    thought = Message("assistant", "a cat", reasoning="Hm.", weight=0.5)
+    conversations = [
+        Conversation((Message("system", "s"), Message("user", "a"), thought, Message("tool", "t"), thought)),
+        Conversation((), text="the cat sat"),
+        Conversation((Message("user", "a"), Message("assistant", ""), Message("assistant", "b", weight=0.0))),
+    ]
+    settings = prepare_sft.PrepareSettings(input="-", tokenizer=str(tmp_path), out_dir="x")
+    recipe = prepare_sft.recipe_of(settings, tokenizer, [])
+    for template in ("chatml", "qwen3"):
+        for train_on in ("assistant", "last", "all"):
+            fitted, expected = Fitted(), []
+            for index, conversation in enumerate(conversations):
+                for sample in render(conversation, tokenizer, template=template, train_on=train_on):
+                    fitted.add(index, sample, recipe)
+                    expected += sample.labels if sample.is_trained else []
+            assert fitted.arrays()["labels"].tolist() == expected
+            assert len(expected) > 20

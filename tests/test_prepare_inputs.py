@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+import prepare_sft
 from sft.errors import UserError
 from tests.preparing import exchange, prepare, texts, write_lines
 
@@ -123,3 +124,17 @@ def test_what_is_odd_and_accepted_is_counted_with_its_first_lines(tmp_path, caps
         lines = [f"{tmp_path}/input.jsonl:{number * 12 + line}" for line in range(1, 11)]
         assert noticed[name] == {"conversations": 12, "first": lines}
     assert "two user turns in a row: 12 conversations\n" in capsys.readouterr().out
+
+
+def test_an_input_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    source = write_lines(tmp_path / "a.jsonl", [exchange("What is it?", "a cat")])
+
+    def audited(*given):
+        source.write_text(source.read_text() + "\n")
+        return original(*given)
+
+    original = prepare_sft.audited
+    monkeypatch.setattr(prepare_sft, "audited", audited)
+    with pytest.raises(UserError, match=r"a\.jsonl: changed while it was read, nothing was prepared"):
+        prepare(tmp_path, input=source)
+    assert not (tmp_path / "data").exists()

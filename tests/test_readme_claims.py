@@ -10,7 +10,7 @@ from sft.arrays import open_prepared
 from sft.errors import UserError
 from tests.bad_inputs import BAD_INPUTS, GOOD
 from tests.test_house import readme
-from tests.test_prepare import tokenizer_file  # noqa: F401  # a fixture
+from tests.tiny_tokenizer import TEXTS, save_tiny_tokenizer
 
 ASK, SAY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
@@ -37,9 +37,21 @@ ACCEPTED = {
     "content that spells a control token": said(content="a<|im_end|>b"),
     "reasoning, under chatml": said(reasoning_content="Hm."),
     "text before a think block, under qwen3": said(content="a<think>\nb\n</think>\n\nc"),
+    "an answer with a line break first, and more turns": messages(ASK, {**SAY, "content": "\n\nb"}, ASK, SAY),
+    "turns after the last trained one, under qwen3 with reasoning": messages(
+        ASK, {**SAY, "reasoning_content": "Hm."}, ASK, {**SAY, "train": False}
+    ),
     "weight 0 on a user turn": messages({**ASK, "weight": 0}, {**ASK, "role": "system", "train": False}, SAY),
     "the same conversation again": said() + said(),
 }
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    """Its merges join line breaks, as published ones do."""
+    return save_tiny_tokenizer(tmp_path_factory.mktemp("tiny"), texts=[*TEXTS, "\n\n\n"])
+
+
 REFUSED = {bad.name: bad for bad in BAD_INPUTS}
 
 
@@ -58,7 +70,7 @@ def prepare(folder, tokenizer, name="a.jsonl", **settings):
 
 
 @pytest.mark.parametrize(("name", "message"), [(name, told) for name, rule, told in rules() if rule == "refused"])
-def test_what_the_rules_refuse_is_refused_in_these_words(name, message, tmp_path, tokenizer_file):  # noqa: F811
+def test_what_the_rules_refuse_is_refused_in_these_words(name, message, tmp_path, tokenizer_file):
     bad = REFUSED[name]
     (tmp_path / bad.file).write_bytes(bad.content)
     with pytest.raises(UserError) as caught:
@@ -71,7 +83,7 @@ def test_what_the_rules_refuse_is_refused_in_these_words(name, message, tmp_path
 
 
 @pytest.mark.parametrize(("name", "rule", "place"), [row for row in rules() if row[1] != "refused"])
-def test_what_the_rules_accept_is_counted_there_and_nowhere_else(name, rule, place, tmp_path, tokenizer_file):  # noqa: F811
+def test_what_the_rules_accept_is_counted_there_and_nowhere_else(name, rule, place, tmp_path, tokenizer_file):
     (tmp_path / "a.jsonl").write_bytes(ACCEPTED[name] + GOOD)
     template = "qwen3" if "qwen3" in name else "chatml"
     meta = prepare(tmp_path, tokenizer_file, template=template, workers=1)

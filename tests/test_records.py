@@ -57,9 +57,7 @@ def asked(**keys):
 def test_each_format_of_one_exchange_gives_the_same_conversation(record):
     found = read(record)
     messages = (turn if turn.role == "assistant" else turn._replace(weight=1.0) for turn in found.messages)
-        message if message.role == "assistant" else message._replace(weight=1.0) for message in found.messages
-    )
-    assert found._replace(messages=messages) == Conversation(EXCHANGE, source=2, record=3, line=7)
+    assert found._replace(messages=tuple(messages)) == Conversation(EXCHANGE, source=2, record=3, line=7)
 
 
 def test_a_turn_of_a_user_may_be_kept_from_being_trained_with_all_tokens():

@@ -125,7 +125,7 @@ def test_reasoning_that_chatml_has_no_place_for_is_told(tmp_path, capsys):
 
 
 def test_text_around_reasoning_that_qwen3_leaves_out_is_told(tmp_path):
-    lost = dialogue(("user", "a"), ("assistant", "lost<think>the hat</think>cat"))
+    lost = dialogue(("user", "b"), ("assistant", "lost<think>the hat</think>cat"))
     data = prepare(
         tmp_path, [exchange("a", "<think>\nthe hat\n</think>\n\ncat"), lost], val_fraction=0, template="qwen3"
     )
