@@ -272,9 +272,14 @@ def too_long(conversation: Conversation, length: int, recipe: Recipe) -> Bad:
 def noticed(conversation: Conversation, recipe: Recipe) -> Iterator[str]:
     """What is worth a word about a conversation that is used all the same."""
     yield from oddities(conversation)
-    if any(map(recipe.tokenizer.spells_control, spoken(conversation))):
-        yield "spells_control"
+    spells_control = recipe.tokenizer.spells_control
+    for text in spoken(conversation):
+        if spells_control(text):
+            yield "spells_control"
+            break
     messages, template = conversation.messages, recipe.template
+    if template == "chatml" and not any(message.reasoning or message.content[:1] in MERGING for message in messages):
+        return  # most are quickly done with
     answers = [message for message in messages if message.role == "assistant"]
     if template == "chatml" and any(message.reasoning for message in answers):
         yield "reasoning_not_in_template"
@@ -302,18 +307,18 @@ def merges_with_header(message: Message, recipe: Recipe) -> bool:
     return header + apart != together
 
 
-def spoken(conversation: Conversation) -> Iterator[str]:
+def spoken(conversation: Conversation) -> list[str]:
     """Every text that comes from the record."""
+    texts = [*conversation.tools]
     if conversation.text is not None:
-        yield conversation.text
-    yield from conversation.tools
-    for message in conversation.messages:
-        yield message.content
-        if message.reasoning:
-            yield message.reasoning
-        for call in message.tool_calls:
-            yield call.name
-            yield call.arguments
+        texts.append(conversation.text)
+    for _, content, reasoning, tool_calls, _ in conversation.messages:
+        texts.append(content)
+        if reasoning:
+            texts.append(reasoning)
+        for call in tool_calls:
+            texts += call
+    return texts
 
 
 def loses_text(message: Message, *, asked: bool) -> bool:

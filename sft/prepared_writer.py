@@ -47,7 +47,7 @@ class GrowingArray:
 
     def append(self, rows: Any) -> None:
         values = np.asarray(rows, self.dtype).reshape(-1, *self.row_shape)
-        self.file.write(values.tobytes())
+        self.file.write(np.ascontiguousarray(values).data)
         self.length += len(values)
 
     def close(self) -> None:

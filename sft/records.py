@@ -153,11 +153,8 @@ def after_system(record: dict[str, Any], messages: tuple[Message, ...]) -> tuple
 
 def exchange_of(record: dict[str, Any], found: Format) -> tuple[Message, ...]:
     """One exchange, with the system text and earlier exchanges that may come with it."""
-    prompt_keys, completion_keys, extras = EXCHANGES[found]
-    prompt_key = only_key(record, prompt_keys, "prompt") or ("context" if "context" in extras else "")
-    completion_key = only_key(record, completion_keys, "completion")
-    if prompt_key not in record or not completion_key:
-        raise missing(record, "a completion" if prompt_key in record else "a prompt")
+    prompt_key, completion_key = exchange_keys(tuple(record), found)
+    extras = EXCHANGES[found][2]
     prompt, completion = record[prompt_key], record[completion_key]
     given = [key for key in ("input", "context") if key in extras and key != prompt_key and record.get(key, "") != ""]
     if len(given) > 1:
@@ -172,7 +169,18 @@ def exchange_of(record: dict[str, Any], found: Format) -> tuple[Message, ...]:
     return after_system(record, history_of(record["history"]) + exchange if "history" in record else exchange)
 
 
-def only_key(record: dict[str, Any], keys: tuple[str, ...], name: str) -> str:
+@lru_cache(maxsize=256)
+def exchange_keys(record: tuple[str, ...], found: Format) -> tuple[str, str]:
+    """Which of a record's keys are the prompt and the completion; BadRecord where one is missing or not alone."""
+    prompt_keys, completion_keys, extras = EXCHANGES[found]
+    prompt_key = only_key(record, prompt_keys, "prompt") or ("context" if "context" in extras else "")
+    completion_key = only_key(record, completion_keys, "completion")
+    if prompt_key not in record or not completion_key:
+        raise missing(record, "a completion" if prompt_key in record else "a prompt")
+    return prompt_key, completion_key
+
+
+def only_key(record: tuple[str, ...], keys: tuple[str, ...], name: str) -> str:
     """The one of the keys that the record has; `name` is there where --fields named it."""
     found = [key for key in keys if key in record]
     if len(found) > 1:
