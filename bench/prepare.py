@@ -162,12 +162,13 @@ def bare_seconds(strings: list[str], encode: Callable[[str], list[int]], process
     context = multiprocessing.get_context("fork")  # which hands on the strings and the tokenizer
     ready = context.Barrier(processes + 1)
 
-    def work(first: int) -> None:
+    def work(number: int) -> None:
+        share = slice(len(strings) * number // processes, len(strings) * (number + 1) // processes)
         ready.wait()
-        for text in strings[first::processes]:
+        for text in strings[share]:
             encode(text)
 
-    workers = [context.Process(target=work, args=(first,)) for first in range(processes)]
+    workers = [context.Process(target=work, args=(number,)) for number in range(processes)]
     for worker in workers:
         worker.start()
     ready.wait()
