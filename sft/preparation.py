@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from functools import cached_property
+from itertools import accumulate
 from operator import or_
 from typing import Any, Literal, NamedTuple
 
@@ -89,8 +89,16 @@ class Recipe:
         if self.val_fraction == 0:
             return False
         key = said(conversation) if conversation.group is None else conversation.group.encode()
-        drawn = hashlib.blake2b(key, digest_size=8, salt=self.seed.to_bytes(16, "big", signed=True)).digest()
-        return int.from_bytes(drawn, "big") < self.val_fraction * 2**64
+        return hashlib.blake2b(key, digest_size=8, salt=self.salt).digest() < self.limit
+
+    @cached_property
+    def salt(self) -> bytes:
+        return self.seed.to_bytes(16, "big", signed=True)
+
+    @cached_property
+    def limit(self) -> bytes:
+        """Below it fall the first val_fraction of all numbers of 8 bytes."""
+        return int(self.val_fraction * 2**64).to_bytes(8, "big")
 
 
 class Chunk(NamedTuple):
@@ -166,7 +174,7 @@ def render_chunk(recipe: Recipe, chunk: Chunk) -> Rendered:
     for index, of_one in enumerate(samples):
         for sample in of_one:
             fitted.add(index, sample, recipe)
-    digests = [digest_of(of_one) for of_one in samples]
+    digests = [digest_of(*each) for each in zip(conversations, samples, strict=True)]
     return Rendered(
         source=chunk.source,
         read=len(chunk.records),
@@ -255,12 +263,15 @@ class Fitted:
         }
 
 
-def digest_of(samples: Sequence[Sample]) -> bytes:
+def digest_of(conversation: Conversation, samples: Sequence[Sample]) -> bytes:
     """16 bytes that are equal for equal ids, labels and weights."""
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for sample in samples:
-        digest.update(array("d", [len(sample.stretches), *chain.from_iterable(sample.stretches)]))
+    digest = hashlib.blake2b(samples[0].packed, digest_size=DIGEST_BYTES)
+    for sample in samples[1:]:
         digest.update(sample.packed)
+    # Given the ids, only this can make the others differ: a user can spell what a tool says.
+    marks = [message.weight if message.role != "tool" else -1.0 for message in conversation.messages]
+    if marks.count(1.0) < len(marks):
+        digest.update(repr(marks).encode())
     return digest.digest()
 
 
