@@ -76,17 +76,17 @@ class LibraryEncoder:
     name: Backend = "tokenizers"
 
     def __init__(self, library: tokenizers.Tokenizer):
-        self.library = library
+        self.wrapped = library
 
     def packed(self, texts: Sequence[str]) -> list[bytes]:
         return [array("i", ids).tobytes() for ids in self.encode_batch(texts)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # Fast: without offsets, which take longer than the rest.
-        return [encoding.ids for encoding in self.library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self.wrapped.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def normalize(self, text: str) -> str | None:
-        return text if self.library.normalizer is None else None
+        return text if self.wrapped.normalizer is None else None
 
 
 class TiktokenEncoder:
