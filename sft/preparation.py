@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -174,7 +175,7 @@ def render_chunk(recipe: Recipe, chunk: Chunk) -> Rendered:
     for index, of_one in enumerate(samples):
         for sample in of_one:
             fitted.add(index, sample, recipe)
-    digests = [digest_of(*each) for each in zip(conversations, samples, strict=True)]
+    digests = [digest_of(*each, recipe.train_on) for each in zip(shown, samples, strict=True)]
     return Rendered(
         source=chunk.source,
         read=len(chunk.records),
@@ -263,15 +264,12 @@ class Fitted:
         }
 
 
-def digest_of(conversation: Conversation, samples: Sequence[Sample]) -> bytes:
-    """16 bytes that are equal for equal ids, labels and weights."""
+def digest_of(conversation: Conversation, samples: Sequence[Sample], train_on: TrainOn) -> bytes:
+    """16 bytes that are equal for equal ids, labels and weights: given the ids, the weights decide about the others."""
     digest = hashlib.blake2b(samples[0].packed, digest_size=DIGEST_BYTES)
     for sample in samples[1:]:
         digest.update(sample.packed)
-    # Given the ids, only this can make the others differ: a user can spell what a tool says.
-    marks = [message.weight if message.role != "tool" else -1.0 for message in conversation.messages]
-    if marks.count(1.0) < len(marks):
-        digest.update(repr(marks).encode())
+    digest.update(array("d", message_weights(conversation.messages, train_on)))
     return digest.digest()
 
 

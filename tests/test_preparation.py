@@ -79,6 +79,13 @@ def test_what_is_trained_differently_is_no_duplicate(tmp_path):
     assert data.meta["ledger"]["conversations"]["duplicate"] == 2
 
 
+def test_a_mark_that_changes_nothing_makes_no_difference(tmp_path):
+    plain = dialogue(("user", "What is it?"), ("assistant", "a cat"))
+    marked = dialogue(("user", "What is it?", {"weight": 0}), ("assistant", "a cat", {"weight": 1}))
+    assert len(prepare(tmp_path, [plain, marked], val_fraction=0).splits["train"]) == 1
+    assert len(prepare(tmp_path, [plain, marked], val_fraction=0, train_on="all").splits["train"]) == 2
+
+
 def test_what_is_rendered_alike_is_a_duplicate_and_in_one_split(tmp_path):
     records = []
     for number in range(40):
