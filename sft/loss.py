@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sft.batches import Batch
-from sft.kernels.reference import linear_cross_entropy
+from sft.kernels.reference import masked_linear_cross_entropy
 
 
 def masked_loss_sum(hidden: Tensor, head_weight: Tensor, batch: Batch) -> Tensor:
@@ -14,5 +14,5 @@ def masked_loss_sum(hidden: Tensor, head_weight: Tensor, batch: Batch) -> Tensor
     hidden (B, T, D) after the final norm, head_weight (V, D). A batch without trained tokens gives zero and zero
     gradients.
     """
-    trained = hidden.flatten(0, 1)[batch.trained]  # (n, D): masked positions never reach the head
-    return linear_cross_entropy(trained, head_weight, batch.targets, batch.weights)
+    rows, labels, weights = batch.trained, batch.targets, batch.weights
+    return masked_linear_cross_entropy(hidden.flatten(0, 1), head_weight, labels, weights, rows=rows).loss_sum
