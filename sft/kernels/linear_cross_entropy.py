@@ -1,0 +1,376 @@
+"""The fused head: hidden states to the masked cross-entropy, with logits for more than one chunk of rows never held.
+
+Chunk by chunk of the n rows that have a label, z = h W' are the logits, and the cross-entropy turns them in place into
+the gradient g = s w (softmax(z) - onehot(label)), from which both gradients follow: dh = g W and dW += g' h. So the
+forward pass already holds the gradients of s * loss, for 6nDV FLOPs in three products, where recomputing the logits in
+the backward pass would cost 8nDV. The backward pass is left with the factor upstream / s: with s = `grad_scale` told
+in advance it is exactly 1, and nothing is done. In fp16 a small s may underflow in g, which fp16 training avoids with
+a loss scale; it belongs into `grad_scale`.
+
+Memory beside the weight gradient: the logits of a chunk, its hidden states, and the gradient for all hidden states.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sft.chatml import NOT_TRAINED
+from sft.kernels.reference import CrossEntropy
+
+CUDA_BYTES = 1_300_000_000  # at most so much extra, beside the weight gradient and a head that autocast converts
+CUDA_WORKSPACE = 2 * 2**25  # of it what cuBLAS and cuBLASLt keep, 32 MiB each on Hopper
+CUDA_ROWS = 128  # chunks are a multiple of a GEMM's tile
+CPU_CHUNK = 2**25  # logits in a chunk
+CPU_BLOCK = 2**19  # logits at once in the cross-entropy, which stay in a cache
+ALIGNED = 64  # logits; so that each of a chunk's rows begins at an aligned address, whatever the vocabulary
+HALF = (torch.bfloat16, torch.float16)
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+TokenResults = tuple[Tensor, Tensor | None, Tensor | None]  # losses, entropies and is-correct, each (N,)
+
+
+def masked_linear_cross_entropy(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    rows: Tensor | None = None,
+    details: bool = False,
+    grad_scale: float = 1.0,
+    triton: bool | None = None,
+) -> CrossEntropy:
+    """What reference.masked_linear_cross_entropy gives, see there; differentiable once, by hidden and head_weight.
+
+    Never waits for a GPU. Under autocast it computes in autocast's dtype, and the gradient of an fp32 head stays fp32.
+    `triton` decides who computes the cross-entropy of a chunk; None = Triton on CUDA, PyTorch elsewhere.
+    """
+    dtype = compute_dtype(hidden)
+    assert hidden.ndim == head_weight.ndim == 2, "hidden is (M, D), head_weight (V, D)"
+    assert hidden.shape[1] == head_weight.shape[1], "hidden and head_weight differ in width"
+    assert dtype != hidden.dtype or head_weight.dtype == dtype or torch.is_autocast_enabled(hidden.device.type)
+    assert len(labels) == (len(hidden) if rows is None else len(rows)), "one label for each row"
+    assert 0 < grad_scale < math.inf
+    if triton is None:
+        triton = hidden.is_cuda and dtype != torch.float64
+    differentiable = torch.is_grad_enabled()
+    loss_sum, count, _, _, *told = fused_head(
+        hidden,
+        head_weight,
+        labels,
+        weights,
+        rows,
+        grad_scale,
+        differentiable and hidden.requires_grad,
+        differentiable and head_weight.requires_grad,
+        details,
+        dtype,
+        triton,
+    )
+    return CrossEntropy(loss_sum, count, *(told if details else ()))
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the products: autocast's where it is on, as for any linear layer, else that of hidden."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("sft::masked_linear_cross_entropy", mutates_args=())
+def fused_head(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    rows: Tensor | None,
+    grad_scale: float,
+    hidden_gradient: bool,
+    head_gradient: bool,
+    details: bool,
+    dtype: torch.dtype,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss sum, count, the gradients of grad_scale * loss by hidden and by head_weight, token losses, entropies and the
+    number that is correct; what is not asked for is empty."""
+    job = Job(grad_scale, hidden_gradient, head_gradient, details, dtype, triton)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return compute(job, hidden, head_weight, labels, weights, rows)
+
+
+class Job(NamedTuple):
+    """What is asked of the fused head."""
+
+    grad_scale: float
+    hidden_gradient: bool
+    head_gradient: bool
+    details: bool
+    dtype: torch.dtype  # of the products
+    triton: bool
+
+
+@fused_head.register_fake
+def _(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    rows: Tensor | None,
+    grad_scale: float,
+    hidden_gradient: bool,
+    head_gradient: bool,
+    details: bool,
+    dtype: torch.dtype,
+    triton: bool,
+) -> Gradients:
+    wide = accumulation_dtype(dtype)
+    tokens = labels.shape if details else (0,)
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty((), dtype=torch.int64),
+        hidden.new_empty(hidden.shape if hidden_gradient else (0,)),
+        head_weight.new_empty(head_weight.shape if head_gradient else (0,)),
+        hidden.new_empty(tokens, dtype=wide),
+        hidden.new_empty(tokens, dtype=wide),
+        hidden.new_empty((), dtype=torch.int64),
+    )
+
+
+def compute(
+    job: Job, hidden: Tensor, head_weight: Tensor, labels: Tensor, weights: Tensor | None, rows: Tensor | None
+) -> Gradients:
+    """The results of `fused_head`."""
+    entries = None
+    if not hidden.is_cuda:  # reading is free here, so that masked rows need not be computed
+        entries = torch.nonzero(labels != NOT_TRAINED)[:, 0]
+        rows = entries if rows is None else rows[entries]
+        weights = None if weights is None else weights[entries]
+    chosen = labels if entries is None else labels[entries]
+    grad_hidden, grad_head, told = compute_chunks(job, hidden, head_weight, chosen, weights, rows)
+    losses, entropy, is_correct = told
+    loss_sum = (losses if weights is None else losses * weights.to(losses.dtype)).sum()
+    count = (chosen != NOT_TRAINED).sum()
+    if not job.details:
+        empty = losses.new_empty(0)
+        return loss_sum, count, grad_hidden, grad_head, empty, losses.new_empty(0), torch.zeros_like(count)
+    assert entropy is not None and is_correct is not None
+    if entries is not None:
+        losses, entropy = (each.new_zeros(len(labels)).index_copy_(0, entries, each) for each in (losses, entropy))
+    return loss_sum, count, grad_hidden, grad_head, losses, entropy, is_correct.sum(dtype=torch.int64)
+
+
+def compute_chunks(
+    job: Job, hidden: Tensor, head_weight: Tensor, labels: Tensor, weights: Tensor | None, rows: Tensor | None
+) -> tuple[Tensor, Tensor, TokenResults]:
+    """The gradient by hidden, that by head_weight, and the results by token, over chunks of rows."""
+    N, (V, _) = len(labels), head_weight.shape
+    wide = accumulation_dtype(job.dtype)
+    size = chunk_rows(N, hidden, vocabulary=V, dtype=job.dtype)
+    head = head_weight.to(job.dtype)
+    logits = head.new_empty(min(size, N), -(-V // ALIGNED) * ALIGNED)[:, :V]  # the one buffer, used by each chunk
+    grad_hidden = hidden.new_zeros(hidden.shape) if job.hidden_gradient else hidden.new_empty(0)
+    grad_head = head_weight.new_empty(0)
+    if job.head_gradient:
+        of_one_chunk = head_weight.dtype if job.dtype == head_weight.dtype else wide
+        grad_head = head_weight.new_empty(head_weight.shape, dtype=of_one_chunk if N <= size else wide)
+    token_results = []
+    for start in range(0, N, size):
+        part = slice(start, start + size)
+        h = (hidden[part] if rows is None else hidden.index_select(0, rows[part])).to(job.dtype)  # (n, D)
+        z = torch.mm(h, head.t(), out=logits[: len(h)])  # (n, V)
+        token_results.append(
+            cross_entropy_(job, z, labels[part], None if weights is None else weights[part])  # z is a gradient now
+        )
+        if job.hidden_gradient:
+            gradient = product(z, head).to(hidden.dtype)
+            if rows is None:
+                grad_hidden[part] = gradient
+            else:
+                grad_hidden.index_add_(0, rows[part], gradient)
+        if job.head_gradient:
+            add_product(grad_head, z, h, first=start == 0)
+    del logits
+    if N == 0:
+        grad_head.zero_()
+    return grad_hidden, grad_head.to(head_weight.dtype), joined(token_results, hidden, wide=wide)
+
+
+def joined(parts: list[TokenResults], like: Tensor, *, wide: torch.dtype) -> TokenResults:
+    """The chunks' results by token in a row."""
+    if not parts:
+        return like.new_empty(0, dtype=wide), like.new_empty(0, dtype=wide), like.new_empty(0, dtype=wide)
+    losses, entropy, is_correct = zip(*parts, strict=True)
+    if entropy[0] is None:
+        return torch.cat(losses), None, None
+    return torch.cat(losses), torch.cat(entropy), torch.cat(is_correct)
+
+
+def chunk_rows(count: int, hidden: Tensor, *, vocabulary: int, dtype: torch.dtype) -> int:
+    """Rows in a chunk, so that the chunks of `count` rows are few and of equal size, and fit in the memory allowed."""
+    if not hidden.is_cuda:
+        most, multiple = max(1, CPU_CHUNK // vocabulary), 1
+    else:
+        M, D = hidden.shape
+        fixed = CUDA_WORKSPACE + M * D * hidden.itemsize  # the gradient by hidden
+        row = (vocabulary + ALIGNED) * dtype.itemsize + D * (dtype.itemsize + 4 + hidden.itemsize)
+        most, multiple = (CUDA_BYTES - fixed) // row, CUDA_ROWS
+        most = max(1, most // multiple) * multiple
+    chunks = max(1, -(-count // most))
+    return max(1, -(-count // chunks // multiple) * multiple) if count > most else max(1, count)
+
+
+def cross_entropy_(job: Job, logits: Tensor, labels: Tensor, weights: Tensor | None) -> TokenResults:
+    """Losses, entropies and is-correct by token; the logits become their gradient where one is asked for."""
+    gradient = job.hidden_gradient or job.head_gradient
+    if job.triton:
+        from sft.kernels import masked_cross_entropy
+
+        return masked_cross_entropy.cross_entropy_(
+            logits, labels, weights, job.grad_scale, gradient=gradient, details=job.details
+        )
+    rows = len(labels) if logits.is_cuda else max(torch.get_num_threads(), CPU_BLOCK // logits.shape[1])
+    factors = labels.ne(NOT_TRAINED).to(accumulation_dtype(job.dtype)).mul_(job.grad_scale)
+    if weights is not None:
+        factors = torch.where(factors != 0, factors * weights, 0.0)
+    parts = [
+        block_cross_entropy_(*block, gradient=gradient, details=job.details)
+        for block in zip(logits.split(rows), labels.split(rows), factors.split(rows), strict=True)
+    ]
+    return joined(parts, logits, wide=factors.dtype)
+
+
+def block_cross_entropy_(
+    logits: Tensor, labels: Tensor, factors: Tensor, *, gradient: bool, details: bool
+) -> TokenResults:
+    """The same for a few rows, in PyTorch; `factors` (n,) multiply the gradient."""
+    trained = labels != NOT_TRAINED
+    labels = torch.where(trained, labels, 0)
+    is_correct = (logits.argmax(-1) == labels) & trained if details else None
+    log_p = torch.log_softmax(logits, dim=-1, dtype=factors.dtype)
+    losses = torch.where(trained, log_p.gather(1, labels[:, None])[:, 0].neg_(), 0.0)
+    if not gradient and not details:
+        return losses, None, None
+    p = log_p.exp_()
+    entropy = torch.special.entr(p).sum(-1).where(trained, 0.0) if details else None
+    if gradient:
+        p.mul_(factors[:, None]).scatter_add_(1, labels[:, None], -factors[:, None])
+        logits.copy_(p.masked_fill_(~trained[:, None], 0.0) if logits.is_cuda else p)
+    return losses, entropy, is_correct
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; on CUDA half precision gives fp32, since cuBLAS may add up a long sum's parts in the dtype of the result."""
+    if a.is_cuda and a.dtype in HALF and half_precision_adds(a.device, a.dtype) is not add_widened:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+def add_product(total: Tensor, g: Tensor, h: Tensor, *, first: bool) -> None:
+    """total (V, D) += g' h, or = where it is the first; in the dtype of total, which may be wider."""
+    if total.dtype != g.dtype:
+        if g.is_cuda:
+            half_precision_adds(g.device, g.dtype)(total, g.t(), h, first)
+        else:
+            add_widened(total, g.t(), h, first)
+    elif first:
+        torch.mm(g.t(), h, out=total)
+    else:
+        torch.addmm(total, g.t(), h, out=total)
+
+
+def add_in_epilogue(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """cuBLAS reads half precision and adds to the fp32 total as it writes: no pass over V x D of its own."""
+    if first:
+        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=total)
+    else:
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+
+
+def add_apart(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    partial = torch.mm(a, b, out_dtype=torch.float32)
+    total.copy_(partial) if first else total.add_(partial)
+
+
+def add_widened(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1, out=total)
+
+
+@functools.cache
+def half_precision_adds(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, bool], None]:
+    """The first way to add a product in half precision to an fp32 total that works here. Tried once: waits for the GPU."""
+    synchronous = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        a = torch.arange(64 * 32, device=device).reshape(32, 64).remainder(7).to(dtype).t()  # as g' is laid out
+        b = torch.arange(32 * 48, device=device).reshape(32, 48).remainder(5).to(dtype)
+        expected = a.float().cpu() @ b.float().cpu()
+        for add in (add_in_epilogue, add_apart):
+            total = torch.full((64, 48), float("nan"), device=device)
+            try:
+                add(total, a, b, True)
+                add(total, a, b, False)
+            except RuntimeError:
+                continue
+            if torch.equal(total.cpu(), 2 * expected):  # small whole numbers: exact in any order
+                return add
+        return add_widened
+    finally:
+        torch.cuda.set_sync_debug_mode(synchronous)
+
+
+@torch.library.custom_op("sft::scale_gradient_", mutates_args=("gradient",))
+def scale_gradient_(gradient: Tensor, upstream: Tensor, grad_scale: float, triton: bool) -> None:
+    """Multiply in place by upstream / grad_scale; nothing is read where that is 1, save on CUDA without Triton."""
+    factor = upstream / torch.full_like(upstream, grad_scale)  # two tensors, so that x / x is 1: no reciprocal
+    if triton:
+        from sft.kernels import masked_cross_entropy
+
+        masked_cross_entropy.scale_(gradient, factor)
+    elif gradient.is_cuda:
+        gradient.mul_(factor)
+    elif (number := factor.item()) != 1:
+        gradient.mul_(number)
+
+
+def remember(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+    (_, _, _, _, _, ctx.grad_scale, ctx.hidden_gradient, ctx.head_gradient, _, _, ctx.triton) = inputs
+    _, _, grad_hidden, grad_head, token_losses, entropy, _ = output
+    ctx.mark_non_differentiable(grad_hidden, grad_head, token_losses, entropy)
+    ctx.set_materialize_grads(False)  # zeros for all these would be the size of the weight
+    ctx.save_for_backward(grad_hidden, grad_head)
+    ctx.is_spent = False
+
+
+def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "masked_linear_cross_entropy is differentiable once: its gradients are numbers from the forward pass. "
+            "For create_graph=True use sft.kernels.reference (--loss_kernel=reference)"
+        )
+    if ctx.is_spent:
+        raise RuntimeError(
+            "masked_linear_cross_entropy gives its gradients away in the first backward pass; run the forward pass "
+            "again, or use sft.kernels.reference (--loss_kernel=reference) with retain_graph=True"
+        )
+    ctx.is_spent = True
+    assert upstream is not None, "loss_sum alone is differentiable"
+    grad_hidden, grad_head = ctx.saved_tensors
+    for gradient, is_needed in ((grad_hidden, ctx.hidden_gradient), (grad_head, ctx.head_gradient)):
+        if is_needed:
+            scale_gradient_(gradient, upstream, ctx.grad_scale, ctx.triton)
+    by_hidden, by_head = grad_hidden if ctx.hidden_gradient else None, grad_head if ctx.head_gradient else None
+    return by_hidden, by_head, *(None,) * 9
+
+
+fused_head.register_autograd(backward, setup_context=remember)
