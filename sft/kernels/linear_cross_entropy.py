@@ -12,15 +12,14 @@ Memory beside the weight gradient: the logits of a chunk, its hidden states, and
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sft.chatml import NOT_TRAINED
+from sft.kernels.products import accumulation_dtype, add_product, product
 from sft.kernels.reference import CrossEntropy
 
 CUDA_BYTES = 1_300_000_000  # at most so much extra, beside the weight gradient and a head that autocast converts
@@ -29,7 +28,6 @@ CUDA_ROWS = 128  # chunks are a multiple of a GEMM's tile
 CPU_CHUNK = 2**25  # logits in a chunk
 CPU_BLOCK = 2**19  # logits at once in the cross-entropy, which stay in a cache
 ALIGNED = 64  # logits; so that each of a chunk's rows begins at an aligned address, whatever the vocabulary
-HALF = (torch.bfloat16, torch.float16)
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 TokenResults = tuple[Tensor, Tensor | None, Tensor | None]  # losses, entropies and is-correct, each (N,)
@@ -84,12 +82,8 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @torch.library.custom_op("sft::masked_linear_cross_entropy", mutates_args=())
-def fused_head(
+def fused_head(  # noqa: PLR0917
     hidden: Tensor,
     head_weight: Tensor,
     labels: Tensor,
@@ -106,7 +100,7 @@ def fused_head(
     number that is correct; what is not asked for is empty."""
     job = Job(grad_scale, hidden_gradient, head_gradient, details, dtype, triton)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        return compute(job, hidden, head_weight, labels, weights, rows)
+        return compute(job, hidden, head_weight, labels=labels, weights=weights, rows=rows)
 
 
 class Job(NamedTuple):
@@ -121,7 +115,7 @@ class Job(NamedTuple):
 
 
 @fused_head.register_fake
-def _(
+def _(  # noqa: PLR0917
     hidden: Tensor,
     head_weight: Tensor,
     labels: Tensor,
@@ -148,7 +142,7 @@ def _(
 
 
 def compute(
-    job: Job, hidden: Tensor, head_weight: Tensor, labels: Tensor, weights: Tensor | None, rows: Tensor | None
+    job: Job, hidden: Tensor, head_weight: Tensor, *, labels: Tensor, weights: Tensor | None, rows: Tensor | None
 ) -> Gradients:
     """The results of `fused_head`."""
     entries = None
@@ -157,21 +151,22 @@ def compute(
         rows = entries if rows is None else rows[entries]
         weights = None if weights is None else weights[entries]
     chosen = labels if entries is None else labels[entries]
-    grad_hidden, grad_head, told = compute_chunks(job, hidden, head_weight, chosen, weights, rows)
+    grad_hidden, grad_head, told = compute_chunks(job, hidden, head_weight, labels=chosen, weights=weights, rows=rows)
     losses, entropy, is_correct = told
     loss_sum = (losses if weights is None else losses * weights.to(losses.dtype)).sum()
     count = (chosen != NOT_TRAINED).sum()
     if not job.details:
         empty = losses.new_empty(0)
         return loss_sum, count, grad_hidden, grad_head, empty, losses.new_empty(0), torch.zeros_like(count)
-    assert entropy is not None and is_correct is not None
+    assert entropy is not None
+    assert is_correct is not None
     if entries is not None:
         losses, entropy = (each.new_zeros(len(labels)).index_copy_(0, entries, each) for each in (losses, entropy))
     return loss_sum, count, grad_hidden, grad_head, losses, entropy, is_correct.sum(dtype=torch.int64)
 
 
 def compute_chunks(
-    job: Job, hidden: Tensor, head_weight: Tensor, labels: Tensor, weights: Tensor | None, rows: Tensor | None
+    job: Job, hidden: Tensor, head_weight: Tensor, *, labels: Tensor, weights: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, TokenResults]:
     """The gradient by hidden, that by head_weight, and the results by token, over chunks of rows."""
     N, (V, _) = len(labels), head_weight.shape
@@ -183,7 +178,7 @@ def compute_chunks(
     grad_head = head_weight.new_empty(0)
     if job.head_gradient:
         of_one_chunk = head_weight.dtype if job.dtype == head_weight.dtype else wide
-        grad_head = head_weight.new_empty(head_weight.shape, dtype=of_one_chunk if N <= size else wide)
+        grad_head = head_weight.new_empty(head_weight.shape, dtype=of_one_chunk if size >= N else wide)
     token_results = []
     for start in range(0, N, size):
         part = slice(start, start + size)
@@ -269,78 +264,17 @@ def block_cross_entropy_(
     return losses, entropy, is_correct
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; on CUDA half precision gives fp32, since cuBLAS may add up a long sum's parts in the dtype of the result."""
-    if a.is_cuda and a.dtype in HALF and half_precision_adds(a.device, a.dtype) is not add_widened:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
-
-
-def add_product(total: Tensor, g: Tensor, h: Tensor, *, first: bool) -> None:
-    """total (V, D) += g' h, or = where it is the first; in the dtype of total, which may be wider."""
-    if total.dtype != g.dtype:
-        if g.is_cuda:
-            half_precision_adds(g.device, g.dtype)(total, g.t(), h, first)
-        else:
-            add_widened(total, g.t(), h, first)
-    elif first:
-        torch.mm(g.t(), h, out=total)
-    else:
-        torch.addmm(total, g.t(), h, out=total)
-
-
-def add_in_epilogue(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """cuBLAS reads half precision and adds to the fp32 total as it writes: no pass over V x D of its own."""
-    if first:
-        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=total)
-    else:
-        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
-
-
-def add_apart(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    partial = torch.mm(a, b, out_dtype=torch.float32)
-    total.copy_(partial) if first else total.add_(partial)
-
-
-def add_widened(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1, out=total)
-
-
-@functools.cache
-def half_precision_adds(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, bool], None]:
-    """The first way to add a product in half precision to an fp32 total that works here. Tried once: waits for the GPU."""
-    synchronous = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("default")
-    try:
-        a = torch.arange(64 * 32, device=device).reshape(32, 64).remainder(7).to(dtype).t()  # as g' is laid out
-        b = torch.arange(32 * 48, device=device).reshape(32, 48).remainder(5).to(dtype)
-        expected = a.float().cpu() @ b.float().cpu()
-        for add in (add_in_epilogue, add_apart):
-            total = torch.full((64, 48), float("nan"), device=device)
-            try:
-                add(total, a, b, True)
-                add(total, a, b, False)
-            except RuntimeError:
-                continue
-            if torch.equal(total.cpu(), 2 * expected):  # small whole numbers: exact in any order
-                return add
-        return add_widened
-    finally:
-        torch.cuda.set_sync_debug_mode(synchronous)
-
-
 @torch.library.custom_op("sft::scale_gradient_", mutates_args=("gradient",))
 def scale_gradient_(gradient: Tensor, upstream: Tensor, grad_scale: float, triton: bool) -> None:
     """Multiply in place by upstream / grad_scale; nothing is read where that is 1, save on CUDA without Triton."""
-    factor = upstream / torch.full_like(upstream, grad_scale)  # two tensors, so that x / x is 1: no reciprocal
     if triton:
         from sft.kernels import masked_cross_entropy
 
-        masked_cross_entropy.scale_(gradient, factor)
-    elif gradient.is_cuda:
+        return masked_cross_entropy.scale_(gradient, upstream, grad_scale)
+    factor = upstream / torch.full_like(upstream, grad_scale)  # two tensors, so that x / x is 1: no reciprocal
+    if gradient.is_cuda or factor.item() != 1:
         gradient.mul_(factor)
-    elif (number := factor.item()) != 1:
-        gradient.mul_(number)
+    return None
 
 
 def remember(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:

@@ -1,0 +1,76 @@
+"""Matrix products of half precision whose sums are fp32, those over many calls too."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in: fp32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; on CUDA half precision gives fp32, since cuBLAS may add the parts of a sum in the dtype of the result."""
+    if a.is_cuda and a.dtype in HALF and half_precision_adds(a.device, a.dtype) is not add_widened:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+def add_product(total: Tensor, g: Tensor, h: Tensor, *, first: bool) -> None:
+    """total (V, D) += g' h, or = where it is the first; in the dtype of total, which may be wider."""
+    if total.dtype != g.dtype:
+        if g.is_cuda:
+            half_precision_adds(g.device, g.dtype)(total, g.t(), h, first)
+        else:
+            add_widened(total, g.t(), h, first)
+    elif first:
+        torch.mm(g.t(), h, out=total)
+    else:
+        torch.addmm(total, g.t(), h, out=total)
+
+
+def add_in_epilogue(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """cuBLAS reads half precision and adds to the fp32 total as it writes: no pass over V x D of its own."""
+    if first:
+        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=total)
+    else:
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+
+
+def add_apart(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    partial = torch.mm(a, b, out_dtype=torch.float32)
+    total.copy_(partial) if first else total.add_(partial)
+
+
+def add_widened(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1, out=total)
+
+
+@functools.cache
+def half_precision_adds(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, bool], None]:
+    """How to add a product in half precision to an fp32 total: the fastest way that works here, tried once."""
+    synchronous = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        a = torch.arange(64 * 32, device=device).reshape(32, 64).remainder(7).to(dtype).t()  # as g' is laid out
+        b = torch.arange(32 * 48, device=device).reshape(32, 48).remainder(5).to(dtype)
+        expected = a.float().cpu() @ b.float().cpu()
+        for add in (add_in_epilogue, add_apart):
+            total = torch.full((64, 48), float("nan"), device=device)
+            try:
+                add(total, a, b, True)
+                add(total, a, b, False)
+            except RuntimeError:
+                continue
+            if torch.equal(total.cpu(), 2 * expected):  # small whole numbers: exact in any order
+                return add
+        return add_widened
+    finally:
+        torch.cuda.set_sync_debug_mode(synchronous)
