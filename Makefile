@@ -33,11 +33,13 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 # A GPU machine comes with its own CUDA build of torch, and not with every library of the tests: no .venv, and only the
-# files that hold GPU tests.
-gpu: ## the GPU tests with the machine's own Python; results in $OUT, else out/gpu
+# files that hold GPU tests. A test that fails does not keep the benchmark from running.
+gpu: ## the GPU tests, then the benchmark of the loss, with the machine's own Python; into $OUT, else out/gpu
 	mkdir -p $(OUT)
-	@files=$$(grep -l 'mark\.gpu' tests/test_*.py) || { echo "no test is marked gpu"; exit 0; }; set -x; \
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu_tests.xml $$files
+	@status=0; export PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"; files=$$(grep -l 'mark\.gpu' tests/test_*.py); set -x; \
+	$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu_tests.xml $$files || status=1; \
+	$(PYTHON) bench/loss.py --device=cuda --out_dir=$(OUT) || status=1; \
+	exit $$status
 
 clean: ## removes .venv and caches; data/ and out/ stay
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

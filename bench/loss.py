@@ -1,7 +1,7 @@
 """The masked cross-entropy beside every other that can be had, and beside the floor that the hardware sets; in one run.
 
-python bench/loss.py --out=bench/results/loss_h200.json     (on a GPU: a 1.8B model's sizes with Qwen3's vocabulary)
-OMP_NUM_THREADS=2 python bench/loss.py --minutes=12         (on a CPU: small sizes)
+PYTHONPATH=. python bench/loss.py                   (on a GPU: the sizes of a 1.8B model with Qwen3's vocabulary)
+PYTHONPATH=. python bench/loss.py --minutes=12      (on a CPU: small sizes)
 
 Needs torch and numpy, and triton on a GPU. Other projects take part where they are installed (extra `bench`) and are
 listed with the reason where they are not. All work on the same inputs (bench/loss_inputs.py says how they are made) and
@@ -19,15 +19,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a GPU machine has the files alone
 
 import torch
 
@@ -61,7 +59,7 @@ class LossBenchmark:
     workloads: str = "head,logits,evaluation"
     leave_out: str | None = None  # providers, with semicolons: one that breaks the CUDA context spoils all after it
     minutes: float = 4.5  # for everything; a round more or less of each configuration makes it fit
-    out: str = "bench/results/loss_cpu.json"  # where the result goes, whole after each configuration
+    out_dir: str = "bench/results"  # where loss_<device>.json goes, whole after each configuration
 
 
 def resolved(settings: LossBenchmark) -> LossBenchmark:
@@ -102,6 +100,14 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def short_name(device: torch.device) -> str:
+    """cpu, or a GPU's name as a part of a file's name: h200 of NVIDIA H200."""
+    if device.type == "cpu":
+        return "cpu"
+    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower())
+    return "_".join(word for word in words if word != "nvidia")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -172,9 +178,9 @@ def print_configuration(result: dict[str, Any]) -> None:
 def main(argv: list[str]) -> None:
     settings = resolved(load_settings(LossBenchmark, argv).settings)
     device = torch.device(settings.device)
-    out = Path(settings.out)
+    out = Path(settings.out_dir) / f"loss_{short_name(device)}.json"
     report: dict[str, Any] = {
-        "command": " ".join(["python bench/loss.py", *argv]),
+        "command": " ".join(["PYTHONPATH=. python bench/loss.py", *argv]),
         "status": "running",
         **machine(device),
         "settings": asdict(settings),

@@ -188,7 +188,7 @@ def clocks(device: torch.device) -> dict[str, str] | None:
     if device.type != "cuda":
         return None
     square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    for _ in range(1000):  # more than a second of work, queued
+    for _ in range(2000):  # more than two seconds of work, queued
         square @ square
     query = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader", f"--id={device.index or 0}"]
     try:

@@ -37,10 +37,11 @@ from bench.loss_measure import (
 from bench.loss_providers import EVALUATION, HEAD, LOGITS, Loss, Provider, options_of, providers_of
 from sft.errors import UserError
 
-# Of the loss, and of the norm of a gradient's error over its norm. bf16 logits of 20 are off by up to 0.06, and every
-# product rounds its result; a sum of bf16 losses is off by half a per cent.
+# Of the loss, and of the norm of a gradient's error over its norm. bf16 logits of 20 are off by up to 0.06, which alone
+# makes 1.5e-2, and some add up bf16 gradients chunk by chunk; a sum of bf16 losses is off by half a per cent. Whoever
+# forgets the mask, a factor or a part is off by far more.
 TOLERANCES = {
-    torch.bfloat16: {"loss": 1e-2, "hidden gradient": 4e-2, "head gradient": 4e-2, "logits gradient": 1e-2},
+    torch.bfloat16: {"loss": 1e-2, "hidden gradient": 6e-2, "head gradient": 6e-2, "logits gradient": 1e-2},
     torch.float32: {"loss": 1e-4, "hidden gradient": 1e-3, "head gradient": 1e-3, "logits gradient": 1e-3},
 }
 COPY, PRODUCT = "floor: copy", "floor: "
