@@ -91,6 +91,18 @@ class ModelArchitectureConfig:
         return self.dropout if self.residual_dropout is None else self.residual_dropout
 
 
+def architecture_problems(model: str | Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a preset's name or some fields of an architecture, whatever the data will add to them."""
+    if isinstance(model, str):
+        if model not in PRESETS:
+            yield f"no preset is called {model!r}; there are {', '.join(PRESETS)}"
+        return
+    try:
+        ModelArchitectureConfig.from_dict({"vocab_size": 1, "block_size": 1, **model})
+    except UserError as error:
+        yield str(error)
+
+
 def parameter_count(config: ModelArchitectureConfig) -> int:
     """The exact number of trained values; a tied head counts once."""
     D, C, F = config.n_embd, config.head_size, config.ffn_width

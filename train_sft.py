@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from model_builder import ConfigurableGPT, load_pretrained
-from model_config import PRESETS, ModelArchitectureConfig, forward_flops, parameter_count
+from model_config import PRESETS, ModelArchitectureConfig, architecture_problems, forward_flops, parameter_count
 from sft import elsewhere, startup
 from sft.arrays import PreparedData
 from sft.batches import TrainLoader
@@ -24,6 +24,7 @@ from sft.config import Resolved, fingerprint, load_settings, to_dict
 from sft.errors import EXIT_FAILED, UserError, run_program
 from sft.evaluation import Validation
 from sft.journal import Journal
+from sft.loss import Loss, LossKernel, choose_loss
 from sft.optim import Schedule, learning_rate_at, make_optimizer
 from sft.packing import RowStream
 from sft.progress import Totals
@@ -84,6 +85,7 @@ class TrainSettings:
     device: DeviceChoice = "auto"  # auto = CUDA where there is a GPU
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # of computing; auto = bfloat16 on CUDA
     compile: bool | None = None  # torch.compile the blocks; None = on CUDA
+    loss_kernel: LossKernel = "auto"  # of the head and its loss; auto = triton on CUDA, else torch; all are exact
     activation_checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, more time
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -93,7 +95,7 @@ class TrainSettings:
         if self.checkpoint_path is not None and not Path(self.checkpoint_path).exists():
             yield "checkpoint_path", f"checkpoint_path {self.checkpoint_path!r} does not exist"
         if self.model is not None:
-            yield from architecture_problems(self.model)
+            yield from (("model", problem) for problem in architecture_problems(self.model))
         if not self.out_dir:
             yield "out_dir", "out_dir must name a folder"
         if not Path(self.sft_data_dir).is_dir():
@@ -143,17 +145,6 @@ class TrainSettings:
         return device.type == "cuda" if self.compile is None else self.compile
 
 
-def architecture_problems(model: str | dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is wrong with a preset's name or a dict of architecture fields, whatever the data will add to it."""
-    if isinstance(model, str) and model not in PRESETS:
-        yield "model", f"no preset is called {model!r}; there are {', '.join(PRESETS)}"
-    if isinstance(model, dict):
-        try:
-            ModelArchitectureConfig.from_dict({"vocab_size": 1, "block_size": 1, **model})
-        except UserError as error:
-            yield "model", str(error)
-
-
 def main(argv: list[str]) -> None:
     resolved = load_settings(TrainSettings, argv, elsewhere=elsewhere.TRAIN)
     with join_world(resolved.settings.device) as world:
@@ -172,11 +163,13 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
         lambda: startup.read_saved_state(resume_path, data, fixed=settings.fixed()) if resume_path else None
     )
     model = world.together(lambda: build_model(settings, data, resume_path, world)).to(world.device)
+    dtype = settings.autocast_dtype(world.device) or model.head_weight.dtype
+    loss = world.together(lambda: choose_loss(settings.loss_kernel, device=world.device, dtype=dtype))
     world.on_main(lambda: startup.copy_tokenizer(data, out_dir, resumes=resume_path is not None))
     loader = build_loader(settings, data, world)
     log = world.together(lambda: open_log(resolved) if world.is_main else None)
     steps = settings.steps(loader.stream, rows_per_step=loader.rows_per_step)
-    run = build_run(resolved, data, model, loader, Journal(world, log, steps=steps))
+    run = build_run(resolved, data, model, loader, Journal(world, log, steps=steps), loss=loss)
     try:
         if saved is not None:
             run.restore(saved)
@@ -287,7 +280,13 @@ def open_log(resolved: Resolved[TrainSettings]) -> RunLog:
 
 
 def build_run(
-    resolved: Resolved[TrainSettings], data: PreparedData, model: ConfigurableGPT, loader: TrainLoader, journal: Journal
+    resolved: Resolved[TrainSettings],
+    data: PreparedData,
+    model: ConfigurableGPT,
+    loader: TrainLoader,
+    journal: Journal,
+    *,
+    loss: Loss,
 ) -> Run:
     settings, world = resolved.settings, journal.world
 
@@ -300,6 +299,7 @@ def build_run(
         world=world,
         model=model,
         autocast_dtype=settings.autocast_dtype(world.device),
+        loss=loss,
         optimizer=make_optimizer(
             model,
             learning_rate=settings.learning_rate,
@@ -357,7 +357,7 @@ def announce(
         "run": f"{steps} steps = {steps * rows / stream.rows_per_epoch:.2f} epochs from step {run.iter_num}, "
         f"{settings.lr_schedule} learning rate after {settings.warmup_iters} steps of warm-up",
         "compute": f"{compute} on {device}{', compiled blocks' if settings.compiles(world.device) else ''}",
-        "loss": "masked cross-entropy of the trained tokens alone, in PyTorch (the definition)",
+        "loss": str(run.local_loss.loss),
     }
     run.journal.startup(
         sentences,

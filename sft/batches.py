@@ -32,16 +32,13 @@ class Batch:
     input_ids: Tensor  # (B, T) int64
     positions: Tensor  # (B, T) int64, restarting at 0 in each document
     documents: Documents
-    trained: Tensor  # (n,) int64: places in the flattened (B * T) row whose next token is trained
-    targets: Tensor  # (n,) int64: that next token
+    trained: Tensor  # (n,) int64: places in the flattened (B * T) rows whose next token is trained
+    targets: Tensor  # (n,) int64: that next token; on CUDA the three are filled up to a bucket, with target -100
     weights: Tensor | None  # (n,) float32; None when all are 1
+    trained_tokens: int  # n, filling not counted
     tokens: int  # real tokens, padding not counted
     attended_pairs: int  # sum over documents of L (L + 1) / 2: what causal attention has to compute
     dropout_seed: int | None = None  # set before the forward, so that no generator state needs saving
-
-    @property
-    def trained_tokens(self) -> int:
-        return len(self.targets)
 
 
 def make_batch(
@@ -83,24 +80,34 @@ def make_batch(
         positions[row, start:] = np.arange(block_size - start)
         document_ids[row, start:] = len(documents)
     trained = np.flatnonzero(targets != NOT_TRAINED)
+    on_cuda = torch.device(device).type == "cuda"
+    filling = (bucket(len(trained)) if on_cuda else len(trained)) - len(trained)
 
     def place(array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
-        if torch.device(device).type == "cuda":
-            return tensor.pin_memory().to(device, non_blocking=True)
-        return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True) if on_cuda else tensor.to(device)
+
+    def place_trained(array: NDArray[np.generic], fill: int) -> Tensor:
+        return place(np.pad(array, (0, filling), constant_values=fill))
 
     return Batch(
         input_ids=place(input_ids),
         positions=place(positions),
         documents=Documents(place(document_ids)),
-        trained=place(trained),
-        targets=place(targets.reshape(-1)[trained]),
-        weights=place(weights.reshape(-1)[trained]) if weighted else None,
+        trained=place_trained(trained, 0),
+        targets=place_trained(targets.reshape(-1)[trained], NOT_TRAINED),
+        weights=place_trained(weights.reshape(-1)[trained], 0) if weighted else None,
+        trained_tokens=len(trained),
         tokens=tokens,
         attended_pairs=attended_pairs,
         dropout_seed=dropout_seed,
     )
+
+
+def bucket(count: int) -> int:
+    """The least of a few sizes that holds `count`: shapes repeat, for at most 128 more or 1/32 of it."""
+    step = max(128, 2 ** (max(count, 1).bit_length() - 6))
+    return max(1, -(-count // step)) * step
 
 
 def read_row(samples: Samples, row: Row) -> list[Document]:

@@ -17,6 +17,7 @@ from sft.checkpoint import save_checkpoint
 from sft.errors import EXIT_FAILED, UserError
 from sft.evaluation import Validation
 from sft.journal import Journal
+from sft.loss import Loss
 from sft.progress import Progress, Totals
 from sft.step import SummedLoss, accumulate_gradients, train_step
 from sft.world import World
@@ -31,6 +32,7 @@ class Run:
         world: World,
         model: nn.Module,
         autocast_dtype: torch.dtype | None,
+        loss: Loss,
         optimizer: torch.optim.Optimizer,
         loader: TrainLoader,
         validation: Validation,
@@ -45,7 +47,7 @@ class Run:
         self.loader, self.validation, self.journal = loader, validation, journal
         self.training_flops = training_flops
         self.out_dir, self.keep_checkpoints, self.constants = out_dir, keep_checkpoints, constants
-        self.local_loss = SummedLoss(model, autocast_dtype=autocast_dtype)
+        self.local_loss = SummedLoss(model, autocast_dtype=autocast_dtype, loss=loss)
         self.loss_module = world.wrap(self.local_loss)
         self.progress = Progress(world)
         self.learning_rate = 0.0  # of the last update

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.batches import Batch
-from sft.loss import masked_loss_sum
+from sft.loss import Loss, choose_loss
 from sft.world import World
 
 
@@ -20,19 +20,25 @@ class SummedLoss(nn.Module):
     The model is a module with `hidden_states(ids, positions, documents)` and `head_weight`.
     """
 
-    def __init__(self, model: Any, *, autocast_dtype: torch.dtype | None = None):
+    def __init__(self, model: Any, *, autocast_dtype: torch.dtype | None = None, loss: Loss | None = None):
+        """`loss` None: the fastest that there is for where the model is now."""
         super().__init__()
         self.model = model
         self.autocast_dtype = autocast_dtype  # None: compute in the dtype of the parameters
+        weight = model.head_weight
+        self.loss = loss or choose_loss("auto", device=weight.device, dtype=autocast_dtype or weight.dtype)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The summed loss of the batch's trained tokens, a scalar in fp32 or wider."""
+    def forward(self, batch: Batch, *, grad_scale: float = 1.0) -> Tensor:
+        """The summed loss of the batch's trained tokens, a scalar in fp32 or wider.
+
+        `grad_scale`, by which the caller multiplies the loss before its backward pass, saves time there.
+        """
         if batch.dropout_seed is not None:
             torch.manual_seed(batch.dropout_seed)
         device = batch.input_ids.device.type
         with torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             hidden = self.model.hidden_states(batch.input_ids, batch.positions, batch.documents)
-            return masked_loss_sum(hidden, self.model.head_weight, batch)
+            return self.loss.sum(hidden, self.model.head_weight, batch, grad_scale=grad_scale)
 
 
 class StepResult(NamedTuple):
@@ -72,10 +78,11 @@ def accumulate_gradients(
 ) -> Tensor:
     """Add the gradient of the step's mean loss to .grad, all-reduced once; returns this rank's loss sum (float64)."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    scale = world.size / target_weight  # DDP averages over ranks; the sum is what we want
     for batch, is_last in _with_last(batches):
         with contextlib.nullcontext() if is_last else _no_sync(loss_module):
-            loss = loss_module(batch)
-            (loss * (world.size / target_weight)).backward()  # DDP averages over ranks; the sum is what we want
+            loss = loss_module(batch, grad_scale=scale)
+            (loss * scale).backward()
         loss_sum += loss.detach()
     return loss_sum
 

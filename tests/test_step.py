@@ -149,9 +149,9 @@ class Synchronised(SummedLoss):
         yield
         self.syncs = True
 
-    def forward(self, batch):
+    def forward(self, batch, **options):
         self.notes.append(self.syncs)
-        return super().forward(batch)
+        return super().forward(batch, **options)
 
 
 def test_only_the_last_micro_batch_is_all_reduced():
