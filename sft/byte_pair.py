@@ -15,18 +15,18 @@ agree, by a test over all of Unicode), added tokens match on the raw text, the n
 
 from __future__ import annotations
 
+import itertools
 import re
-import unicodedata
-from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from functools import cache
-from itertools import pairwise
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import tiktoken
 import tokenizers
+from numpy.typing import NDArray
 
 from sft.errors import UserError
+from sft.nfc import nfc
 
 Backend = Literal["tiktoken", "tokenizers"]
 
@@ -36,24 +36,37 @@ QWEN3_PATTERN = (
 )
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+# Texts are encoded many at a time, with this character, which hardly any text has, as a special token between them: a
+# call of its own for each would take a third as long as the encoding.
+SEPARATOR = "\x1c"
+BETWEEN: Set[str] = frozenset({SEPARATOR})
+NOTHING: Set[str] = frozenset()
+
 # A look-ahead keeps tiktoken from its fast regular expressions. This one matters only to white space other than line
 # ends: of two or more such characters before something else it leaves the last to what follows. Where text is cut there
 # beforehand, and encoded part by part, the pattern without it finds the same pieces.
 LOOK_AHEAD = r"|\s+(?!\S)"
 RARE_BLANKS = "\t\v\f\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 RARE_BLANK = re.compile(f"[{RARE_BLANKS}]")
-BLANKS = re.compile(f"[ {RARE_BLANKS}]{{2,}}")
-SPACES = re.compile(" {2,}")  # the same where no other blanks are, and much faster
+BLANKS = frozenset(f" {RARE_BLANKS}")
+AFTER_LAST = BLANKS | {"\r", "\n", SEPARATOR, ""}  # what follows blanks that stay together
+LAST_SPACES = re.compile(f"  (?![ {RARE_BLANKS}\r\n{SEPARATOR}]|\\Z)")
 
-NEVER_WRITTEN = "\U0010fffd never written \U0010fffd"
-NOTHING: Set[str] = frozenset()
-
-# Texts of fewer characters cannot hold what takes tiktoken's or Python's code long, and are not searched for it.
-SHORT = 1_000
 # tiktoken's regular expressions overflow a stack at a million white space characters in a row.
-WHITE_SPACE_RUN = re.compile(r"\s(?<!\s\s)\s{899999}")
-# Python sorts combining marks, of which some text has thousands in a row, in quadratic time. None is a \w or a \s.
-MARKS_RUN = re.compile(r"[^\w\s][^\w\s]{99}")
+LONGEST_WHITE_SPACE = 900_000
+WHITE_SPACE_RUN = re.compile(rf"\s(?<!\s\s)\s{{{LONGEST_WHITE_SPACE - 1}}}")
+
+
+class Packed(NamedTuple):
+    """The ids of N texts, in whatever order: an object for each token would take longer than the rest."""
+
+    ids: NDArray[np.int32]  # (T,)
+    starts: NDArray[np.int64]  # (N,) where those of each text begin
+    lengths: NDArray[np.int64]  # (N,) tokens of each text
+
+    def listed(self) -> list[NDArray[np.int32]]:
+        spans = zip(self.starts.tolist(), (self.starts + self.lengths).tolist(), strict=True)
+        return [self.ids[start:end] for start, end in spans]
 
 
 class Encoder(Protocol):
@@ -61,8 +74,7 @@ class Encoder(Protocol):
 
     name: Backend
 
-    def packed(self, texts: Sequence[str]) -> list[bytes]:
-        """The ids of each text as int32 after int32: an object for each token would take longer than the rest."""
+    def packed(self, texts: Sequence[str]) -> Packed: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
@@ -78,8 +90,10 @@ class LibraryEncoder:
     def __init__(self, library: tokenizers.Tokenizer):
         self.wrapped = library
 
-    def packed(self, texts: Sequence[str]) -> list[bytes]:
-        return [array("i", ids).tobytes() for ids in self.encode_batch(texts)]
+    def packed(self, texts: Sequence[str]) -> Packed:
+        encoded = self.encode_batch(texts)
+        ids = np.fromiter(itertools.chain.from_iterable(encoded), np.int32)
+        return end_to_end(ids, [len(ids) for ids in encoded])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # Fast: without offsets, which take longer than the rest.
@@ -106,29 +120,90 @@ class TiktokenEncoder:
     ):
         self.cuts = pattern == QWEN3_PATTERN
         pattern = pattern.replace(LOOK_AHEAD, "") if self.cuts else pattern
-        # Where there is a special token to look for, tiktoken does so once, and not at each character.
-        special = {NEVER_WRITTEN: max(ranks.values()) + 1}
+        self.separator = max([*ranks.values(), *matched.values()]) + 1
+        special = {SEPARATOR: self.separator}
         self.encoding = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=special)
-        self.matched = {token: array("i", [i]).tobytes() for token, i in matched.items()}
+        self.matched = dict(matched)
         longest_first = sorted(self.matched, key=len, reverse=True)
         self.added = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
         self.first_characters = {token[0] for token in self.matched}
         self.nfc = nfc
         self.reference = reference
 
-    def packed(self, texts: Sequence[str]) -> list[bytes]:
-        return [self.packed_text(text) for text in texts]
+    def packed(self, texts: Sequence[str]) -> Packed:
+        is_ascii = np.fromiter(map(str.isascii, texts), bool, len(texts))
+        if is_ascii.all() or not is_ascii.any():
+            return self.packed_together(texts)
+        # One character that is none makes strings of wide ones, which take longer, of all others.
+        parts = [(which, self.packed_together([*itertools.compress(texts, which)])) for which in (is_ascii, ~is_ascii)]
+        starts, lengths = np.empty((2, len(texts)), np.int64)
+        for which, part in parts:
+            lengths[which] = part.lengths
+            starts[which] = part.starts
+        starts[~is_ascii] += len(parts[0][1].ids)
+        return Packed(np.concatenate([part.ids for _, part in parts]), starts, lengths)
+
+    def packed_together(self, texts: Sequence[str]) -> Packed:
+        whole = SEPARATOR.join(texts)
+        if not texts or whole.count(SEPARATOR) >= len(texts) or may_overflow(whole):
+            return self.packed_apart(texts)
+        only_spaces = not any(map(has_rare_blank, texts))
+        if self.nfc and not whole.isascii():
+            normal = [self.normalize(text) for text in texts]
+            changed = [pair for pair in zip(texts, normal, strict=True) if pair[0] != pair[1]]
+            if any(self.added.findall(before) != self.added.findall(after) for before, after in changed):
+                return self.packed_apart(texts)  # a spelling that is new there is no added token
+            whole = SEPARATOR.join(normal)
+        pieces, joints = self.cut(whole, only_spaces=only_spaces)
+        ids = self.numbers(SEPARATOR.join(pieces), BETWEEN)
+        ends = np.flatnonzero(ids == self.separator)
+        if joints:
+            places = np.cumsum([piece.count(SEPARATOR) + 1 for piece in pieces[:-1]]) - 1
+            ids = ids.copy()
+            ids[ends[places]] = joints
+            ends = np.delete(ends, places)
+        stays = ids != self.separator
+        so_far = np.cumsum(stays)
+        return end_to_end(ids[stays], np.diff(so_far[ends], prepend=0, append=np.count_nonzero(stays)))
+
+    def packed_apart(self, texts: Sequence[str]) -> Packed:
+        found = [self.ids_of(text) for text in texts]
+        return end_to_end([i for ids in found for i in ids], [len(ids) for ids in found])
+
+    def ids_of(self, text: str) -> list[int]:
+        """The ids of a text that has the separator in it, too many blanks for tiktoken, or a new spelling in NFC."""
+        if may_overflow(text):
+            if self.reference is None:
+                raise UserError("900,000 white space characters in a row; remove them, or use a tokenizer.json")
+            return self.reference.encode_batch([text])[0]
+        ids: list[int] = []
+        for i, part in enumerate(self.added.split(text)):
+            if i % 2:
+                ids.append(self.matched[part])
+                continue
+            normal = nfc(part) if self.nfc and not part.isascii() else part
+            for piece in cut_at(normal, cuts(normal.replace(SEPARATOR, ".")) if self.cuts else []):  # no end of a text
+                ids += self.numbers(piece, NOTHING).tolist()
+        return ids
+
+    def cut(self, text: str, *, only_spaces: bool) -> tuple[list[str], list[int]]:
+        """The pieces of a text, and between each two the id of the added token there, or the separator's."""
+        pieces: list[str] = []
+        joints: list[int] = []
+        for i, part in enumerate(self.added.split(text) if self.may_match(text) else [text]):
+            if i % 2:  # what the parentheses caught
+                joints.append(self.matched[part])
+            else:
+                found = cut_at(part, cuts(part, only_spaces=only_spaces)) if self.cuts else [part]
+                joints += [self.separator] * (len(found) - 1)
+                pieces += found
+        return pieces, joints
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [array("i", ids).tolist() for ids in self.packed(texts)]
+        return [ids.tolist() for ids in self.packed(texts).listed()]
 
-    def packed_text(self, text: str) -> bytes:
-        if len(text) >= SHORT and WHITE_SPACE_RUN.search(text):
-            return self.by_reference(text)
-        if not self.may_match(text):
-            return self.packed_stretch(text)
-        parts = enumerate(self.added.split(text))  # odd ones: what the parentheses caught
-        return b"".join([self.matched[part] if i % 2 else self.packed_stretch(part) for i, part in parts])
+    def numbers(self, text: str, special: Set[str]) -> NDArray[np.int32]:
+        return self.encoding.encode_to_numpy(text, allowed_special=special, disallowed_special=NOTHING).view(np.int32)
 
     def may_match(self, text: str) -> bool:
         """Whether an added token is in the text; most texts lack even the character with which they begin."""
@@ -137,72 +212,48 @@ class TiktokenEncoder:
                 return self.added.search(text) is not None
         return False
 
-    def packed_stretch(self, text: str) -> bytes:
-        is_ascii = text.isascii()
-        if self.nfc and not is_ascii:
-            text = nfc(text)
-        if not self.cuts:
-            return self.pack(text)
-        is_rare = ("\t" in text or "\v" in text or "\f" in text) if is_ascii else RARE_BLANK.search(text) is not None
-        if not is_rare and "  " not in text:
-            return self.pack(text)
-        parts = []
-        start = 0
-        for run in (BLANKS if is_rare else SPACES).finditer(text):
-            cut = run.end() - 1
-            if text[cut + 1 : cut + 2] not in ("", "\r", "\n"):
-                parts.append(self.pack(text[start:cut]))
-                start = cut
-        return b"".join([*parts, self.pack(text[start:])])
-
-    def pack(self, text: str) -> bytes:
-        return self.encoding.encode_to_numpy(text, allowed_special=NOTHING, disallowed_special=NOTHING).tobytes()
-
-    def by_reference(self, text: str) -> bytes:
-        if self.reference is None:
-            raise UserError("900,000 white space characters in a row; remove them, or use a tokenizer.json")
-        return self.reference.packed([text])[0]
-
     def normalize(self, text: str) -> str:
         if text.isascii() or not self.nfc:
             return text
         return "".join(part if i % 2 else nfc(part) for i, part in enumerate(self.added.split(text)))
 
 
-def nfc(text: str) -> str:
-    """The text in NFC by the tables of tokenizers, which are older than Python's, mostly by Python's faster code."""
-    if disputed().search(text) or (len(text) >= SHORT and MARKS_RUN.search(text)):
-        return tokenizers.normalizers.NFC().normalize_str(text)
-    return unicodedata.normalize("NFC", text)
+def cuts(text: str, *, only_spaces: bool = False) -> list[int]:
+    """Where the look-ahead cuts: before the last of several blanks, unless a line or the text ends after it.
 
-
-@cache
-def disputed() -> re.Pattern[str]:
-    """The characters that Python and tokenizers normalise differently, and any others in other planes between those.
-
-    Characters that one of the two does not know are starters without a decomposition to it: all else never changes
-    from version to version. After U+0345, whose combining class is the highest, every other mark moves.
+    `only_spaces`: there are no other blanks, so that none need be looked for.
     """
-    lines = [f"\u0345{character}" for character in combining_planes()]
-    probe = "\n".join(lines)
-    found = set()
-    for ours, theirs in (
-        (unicodedata.normalize("NFC", probe), tokenizers.normalizers.NFC().normalize_str(probe)),
-        (unicodedata.normalize("NFD", probe), tokenizers.normalizers.NFD().normalize_str(probe)),
-    ):
-        lists = zip(lines, ours.split("\n"), theirs.split("\n"), strict=True)
-        found |= {part for line, a, b in lists if a != b for part in line + a + b}  # parts compose, too
-    found -= {"\u0345"}
-    near = "".join(sorted(character for character in found if character <= "\uffff"))
-    far = sorted(found - set(near))
-    # A class of ranges above U+FFFF is searched one by one, several times slower than a single one.
-    return re.compile(f"[{re.escape(near)}{f'{far[0]}-{far[-1]}' if far else ''}]" if found else "(?!)")
+    found = [match.start() + 1 for match in LAST_SPACES.finditer(text)] if "  " in text else []
+    if not only_spaces:
+        for match in RARE_BLANK.finditer(text):
+            at = match.start()
+            if text[at + 1 : at + 2] == " ":
+                at += 1
+            elif at == 0 or text[at - 1] not in BLANKS:
+                continue
+            if text[at + 1 : at + 2] not in AFTER_LAST:
+                found.append(at)
+        found.sort()
+    return found
 
 
-def combining_planes() -> Iterator[str]:
-    """All characters from U+0300 but ideographs, Hangul, private use and planes without characters that combine."""
-    for first, last in ((0x300, 0x33FF), (0xA000, 0xABFF), (0xF900, 0x1FFFF), (0xE0000, 0xE0FFF)):
-        yield from map(chr, range(first, last + 1))
+def has_rare_blank(text: str) -> bool:
+    if text.isascii():
+        return "\t" in text or "\v" in text or "\f" in text
+    return RARE_BLANK.search(text) is not None
+
+
+def cut_at(text: str, places: Sequence[int]) -> list[str]:
+    return [text[start:end] for start, end in itertools.pairwise([0, *places, len(text)])] if places else [text]
+
+
+def may_overflow(text: str) -> bool:
+    return len(text) >= LONGEST_WHITE_SPACE and WHITE_SPACE_RUN.search(text) is not None
+
+
+def end_to_end(ids: Sequence[int] | NDArray[np.int32], lengths: Sequence[int] | NDArray[np.int64]) -> Packed:
+    sizes = np.asarray(lengths, np.int64)
+    return Packed(np.asarray(ids, np.int32), np.cumsum(sizes) - sizes, sizes)
 
 
 def tiktoken_encoder(content: Mapping[str, Any], library: tokenizers.Tokenizer) -> TiktokenEncoder | None:
@@ -267,7 +318,7 @@ def mergeable_ranks(
     order = [vocabulary[product] for product in products]
     if not set("".join(products)) <= byte_of.keys() <= vocabulary.keys():
         return None
-    if any(i >= j for i, j in pairwise(order)):
+    if any(i >= j for i, j in itertools.pairwise(order)):
         return None
     if not all(reachable(product, i, tokenize) for product, i in zip(products, order, strict=True)):
         return None

@@ -1,4 +1,4 @@
-"""Conversation -> samples: token ids, and for each stretch of them whose it is and whether it is trained.
+"""Conversations -> samples.
 
 Trained are the content of assistant messages and the `<|im_end|>` after it, nothing else, unless all tokens are asked
 for. Text between control tokens is encoded as one string; trained content is encoded apart from what precedes it,
@@ -7,13 +7,16 @@ because generation starts there.
 
 from __future__ import annotations
 
-import itertools
-from array import array
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sft.conversation import Conversation, Message
+from sft.samples import MASKED, REPEATED, TRAINED, Sample, Samples, text_piece
+from sft.samples import NOT_TRAINED  # noqa: F401
 from sft.templates import (
     ASSISTANT,
     Block,
@@ -25,74 +28,7 @@ from sft.templates import (
 )
 from sft.tokenizer import Tokenizer
 
-ID_BYTES = array("i").itemsize
-NOT_TRAINED = -100  # the label of a token that is not trained
-
 TrainOn = Literal["assistant", "last", "all"]
-
-# Whose a token is: trained, masked content by role, what the template adds, or history that another sample has trained.
-KINDS = ("trained", "system", "user", "assistant", "tool", "text", "template", "repeated_history")
-TRAINED, TEMPLATE, REPEATED = (KINDS.index(name) for name in ("trained", "template", "repeated_history"))
-MASKED = {name: KINDS.index(name) for name in ("system", "user", "assistant", "tool", "text")}
-
-
-class Stretch(NamedTuple):
-    """The tokens of a block, or of plain text: those that are of one kind, and the template's before and after them."""
-
-    kind: int  # index in KINDS
-    before: int
-    length: int
-    after: int
-    weight: float  # of trained tokens in the loss
-
-    @property
-    def tokens(self) -> int:
-        return self.before + self.length + self.after
-
-
-class Sample(NamedTuple):
-    """A rendered conversation, or one trained turn of it with its history, or a piece of plain text."""
-
-    packed: bytes  # the ids, int32 after int32
-    stretches: list[Stretch]  # they cover the ids from the first to the last
-    roles: Sequence[str] = ()  # of each block; none for plain text
-    turn: int = -1  # -1 = the whole; else the index of the message that is trained, or of the piece
-
-    @property
-    def tokens(self) -> int:
-        return len(self.packed) // ID_BYTES
-
-    @property
-    def input_ids(self) -> list[int]:
-        return array("i", self.packed).tolist()
-
-    @property
-    def labels(self) -> list[int]:
-        """The id where trained, -100 elsewhere; not shifted."""
-        input_ids = self.input_ids
-        labels = [NOT_TRAINED] * len(input_ids)
-        start = 0
-        for stretch in self.stretches:
-            if stretch.kind == TRAINED:
-                span = slice(start + stretch.before, start + stretch.before + stretch.length)
-                labels[span] = input_ids[span]
-            start += stretch.tokens
-        return labels
-
-    @property
-    def is_trained(self) -> bool:
-        return any(stretch[0] == TRAINED and stretch[2] for stretch in self.stretches)
-
-
-class Plan(NamedTuple):
-    """What a sample will consist of, as text."""
-
-    blocks: Sequence[Block]
-    weights: Sequence[float]  # of each block's content and end; 0 = not trained
-    texts: Sequence[str]  # two a block: its opening, and its content or the whole, as it is encoded
-    turn: int
-    known: int  # so many messages at the beginning have been in an earlier sample
-    everything: bool = False  # the template's own tokens are trained too
 
 
 def render(
@@ -103,29 +39,26 @@ def render(
     train_on: TrainOn = "assistant",
 ) -> list[Sample]:
     """The samples of a conversation: one, or one per trained turn where the template drops earlier reasoning."""
-    return render_batch([conversation], tokenizer, template=template, train_on=train_on)[0]
+    return rendered([conversation], tokenizer, template=template, train_on=train_on).listed()
 
 
-def render_batch(
+def rendered(
     conversations: Sequence[Conversation],
     tokenizer: Tokenizer,
     *,
     template: TemplateName = "chatml",
     train_on: TrainOn = "assistant",
-) -> list[list[Sample]]:
+) -> Samples:
     """The samples of many conversations, whose texts are encoded together and each distinct one once."""
-    plans = [plans_of(conversation, template, train_on) for conversation in conversations]
-    texts = [conversation.text for conversation in conversations if conversation.text is not None]
-    for of_one in plans:
-        for plan in of_one:
-            texts += plan.texts
-    ids_of = encoded(texts, tokenizer)
-    return [
-        [text_sample(ids_of[conversation.text], tokenizer)]
-        if conversation.text is not None
-        else [joined(plan, ids_of, tokenizer) for plan in of_one]
-        for conversation, of_one in zip(conversations, plans, strict=True)
-    ]
+    draft = Draft()
+    texts: dict[int, str] = {}
+    for index, conversation in enumerate(conversations):
+        if conversation.text is not None:
+            texts[index] = conversation.text
+        else:
+            add_conversation(draft, index, conversation, template, train_on)
+    samples = draft.encoded(tokenizer)
+    return with_texts(samples, texts, tokenizer) if texts else samples
 
 
 def prompt_ids(
@@ -141,29 +74,34 @@ def prompt_ids(
     `thinking` leaves it to the model, in the template that knows reasoning, to open the think block.
     """
     blocks = blocks_of(messages, tools, template)
-    untrained = plan_of(blocks, [0.0] * len(blocks))
-    history = joined(untrained, encoded(untrained.texts, tokenizer), tokenizer).input_ids
-    return [*history, tokenizer.im_start, *tokenizer.encode(generation_prompt(template, thinking=thinking))]
+    draft = Draft()
+    draft.add_sample(0, blocks, [0.0] * len(blocks))
+    return [
+        *draft.encoded(tokenizer).ids.tolist(),
+        tokenizer.im_start,
+        *tokenizer.encode(generation_prompt(template, thinking=thinking)),
+    ]
 
 
-def plans_of(conversation: Conversation, template: TemplateName, train_on: TrainOn) -> list[Plan]:
+def add_conversation(
+    draft: Draft, index: int, conversation: Conversation, template: TemplateName, train_on: TrainOn
+) -> None:
     messages, tools = conversation.messages, conversation.tools
-    if conversation.text is not None:
-        return []
     weights = message_weights(messages, train_on)
     everything = train_on == "all"
     if each_turn_stands_alone(messages, template):
-        turns = [i for i, message in enumerate(messages) if message.role == ASSISTANT and weights[i] > 0]
-        plans = []
-        for known, turn in zip([0, *(turn + 1 for turn in turns)], turns, strict=False):
-            blocks = blocks_of_turn(messages, tools, template, turn)
-            new = [weights[block.end - 1] if block.end > known else 0.0 for block in blocks]
-            plans.append(plan_of(blocks, new, turn=turn, known=known, everything=everything))
-        if plans:
-            return plans
+        known = 0
+        for turn, message in enumerate(messages):
+            if message.role == ASSISTANT and weights[turn] > 0:
+                blocks = blocks_of_turn(messages, tools, template, turn)
+                new = [weights[block.end - 1] if block.end > known else 0.0 for block in blocks]
+                draft.add_sample(index, blocks, new, turn=turn, known=known, everything=everything)
+                known = turn + 1
+        if known:
+            return
     blocks = blocks_of(messages, tools, template)
     of_block = [weights[block.end - 1] if block.end else float(everything) for block in blocks]
-    return [plan_of(blocks, of_block, everything=everything)]
+    draft.add_sample(index, blocks, of_block, everything=everything)
 
 
 def message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[float]:
@@ -177,97 +115,118 @@ def message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[floa
     return weights
 
 
-def plan_of(
-    blocks: Sequence[Block], weights: Sequence[float], *, turn: int = -1, known: int = 0, everything: bool = False
-) -> Plan:
-    texts: list[str] = []
-    for block, weight in zip(blocks, weights, strict=True):
-        _, opening, content, _ = block
-        # What a model generates is encoded apart from what it is given.
-        texts += (opening, content if is_generated(block, weight) else opening + content)
-    return Plan(blocks, weights, texts, turn, known, everything)
+class Draft:
+    """Samples as text: of S samples with K blocks in all, which blocks they have and what becomes of each."""
+
+    def __init__(self) -> None:
+        self.index_of = {"\n": 0}  # the distinct texts
+        self.conversation: list[int] = []  # (S)
+        self.turn: list[int] = []  # (S)
+        self.roles: list[Sequence[str]] = []  # (S)
+        # (K) the texts: a block's opening, and its content or, as one text, both
+        self.openings: list[int] = []
+        self.contents: list[int] = []
+        self.kinds: list[int] = []  # (K)
+        self.weights: list[float] = []  # (K)
+        self.is_generated: list[bool] = []  # (K) what a model generates is encoded apart from what it is given
+        self.is_whole: list[bool] = []  # (K) the template's own tokens are of the block's kind too
+
+    def add_sample(
+        self,
+        conversation: int,
+        blocks: Sequence[Block],
+        weights: Sequence[float],
+        *,
+        turn: int = -1,
+        known: int = 0,
+        everything: bool = False,
+    ) -> None:
+        """`weights` of each block's content and end, 0 where not trained; the first `known` messages have been in an
+        earlier sample; `everything`: the template's own tokens are trained too."""
+        index_of = self.index_of
+        for (role, opening, content, end), weight in zip(blocks, weights, strict=True):
+            generated = role == ASSISTANT and weight > 0
+            repeated = known > 0 and end <= known
+            self.openings.append(index_of.setdefault(opening, len(index_of)))
+            self.contents.append(index_of.setdefault(content if generated else opening + content, len(index_of)))
+            self.kinds.append(REPEATED if repeated else TRAINED if weight else MASKED[role])
+            self.weights.append(weight)
+            self.is_generated.append(generated)
+            self.is_whole.append(repeated or (everything and weight > 0))
+        self.conversation.append(conversation)
+        self.turn.append(turn)
+        self.roles.append([block.role for block in blocks])
+
+    def encoded(self, tokenizer: Tokenizer) -> Samples:
+        ids, starts, lengths = tokenizer.packed(list(self.index_of))
+        opening, content = np.array(self.openings, np.int64), np.array(self.contents, np.int64)
+        is_generated, is_whole = np.array(self.is_generated, bool), np.array(self.is_whole, bool)
+        of_opening, of_content, newline = lengths[opening], lengths[content], lengths[0]
+        shared = shared_prefix(ids, starts[opening], of_opening, starts[content], of_content)
+        header = np.where(is_generated, of_opening, shared)
+        alone = np.where(is_generated, of_opening, 0)
+
+        kind = np.array(self.kinds, np.int64)
+        with_end = kind == TRAINED
+        first = first_of_each(sizes := np.array([len(roles) for roles in self.roles], np.int64))
+        total = 2 + alone + of_content + newline
+        before = np.where(is_whole, first & with_end, 1 + header)  # nothing predicts a sample's first token
+        length = np.where(is_whole, total - before, of_content + alone - header + with_end)
+
+        pool = np.concatenate([ids, [tokenizer.im_start, tokenizer.im_end]], dtype=np.int32)
+        parts = np.empty((len(kind), 5, 2), np.int64)  # where in the pool, and how many ids
+        parts[:, 0] = len(ids), 1
+        parts[:, 1] = np.stack([starts[opening], alone], axis=1)
+        parts[:, 2] = np.stack([starts[content], of_content], axis=1)
+        parts[:, 3] = len(ids) + 1, 1
+        parts[:, 4] = starts[0], newline
+        return Samples(
+            conversation=np.array(self.conversation, np.int64),
+            turn=np.array(self.turn, np.int64),
+            roles=self.roles,
+            sizes=sizes,
+            stretches=np.stack([kind, before, length, total - before - length], axis=1),
+            weights=np.array(self.weights, np.float64),
+            ids=gathered(pool, *parts.reshape(-1, 2).T),
+        )
 
 
-def is_generated(block: Block, weight: float) -> bool:
-    return weight > 0 and block.role == ASSISTANT
+Whole = NDArray[np.int64]
 
 
-def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The ids of each text, and of a newline."""
-    distinct = list(dict.fromkeys(["\n", *texts]))
-    return dict(zip(distinct, tokenizer.packed(distinct), strict=True))
+def shared_prefix(
+    ids: NDArray[np.int32], one: Whole, one_length: Whole, other: Whole, other_length: Whole
+) -> NDArray[np.int64]:
+    """How many ids at the beginning of two spans are the same: a block's content may merge with the end of its
+    opening."""
+    count = np.zeros_like(one)
+    same = np.ones(len(one), bool)
+    shorter = np.minimum(one_length, other_length)
+    for place in range(int(shorter.max(initial=0))):
+        same &= place < shorter
+        if not same.any():
+            break
+        same[same] = ids[one[same] + place] == ids[other[same] + place]
+        count += same
+    return count
 
 
-def joined(plan: Plan, ids_of: Mapping[str, bytes], tokenizer: Tokenizer) -> Sample:
-    parts: list[bytes] = []
-    stretches: list[Stretch] = []
-    start, newline = packed_id(tokenizer.im_start), ids_of["\n"]
-    end = packed_id(tokenizer.im_end) + newline
-    after = len(end) // ID_BYTES
-    known = plan.known
-    texts = iter(plan.texts)
-    for block, weight in zip(plan.blocks, plan.weights, strict=True):
-        opening, content = ids_of[next(texts)], ids_of[next(texts)]
-        if is_generated(block, weight):
-            parts += start, opening, content, end
-            header, length = len(opening) // ID_BYTES, len(content) // ID_BYTES
-        else:
-            parts += start, content, end
-            whole = content.startswith(opening)
-            header = len(opening) // ID_BYTES if whole else common_prefix(opening, content)
-            length = len(content) // ID_BYTES - header
-        if known and block.end <= known:
-            stretches.append(Stretch(REPEATED, 0, 1 + header + length + after, 0, 0.0))
-        elif not weight:
-            stretches.append(Stretch(MASKED[block.role], 1 + header, length, after, 0.0))
-        elif not plan.everything:
-            stretches.append(Stretch(TRAINED, 1 + header, length + 1, after - 1, weight))  # with its end token
-        else:
-            first = 0 if stretches else 1  # nothing predicts it
-            stretches.append(Stretch(TRAINED, first, 1 + header + length + after - first, 0, weight))
-    return Sample(b"".join(parts), stretches, [block.role for block in plan.blocks], plan.turn)
+def first_of_each(sizes: Whole) -> NDArray[np.bool_]:
+    """Whether each of sum(sizes) elements is the first of its group."""
+    return np.arange(int(sizes.sum())) == np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
-@cache
-def packed_id(i: int) -> bytes:
-    return array("i", [i]).tobytes()
+def gathered(pool: NDArray[np.int32], starts: Whole, lengths: Whole) -> NDArray[np.int32]:
+    """The spans of the pool end to end."""
+    shift = starts - (np.cumsum(lengths) - lengths)
+    return pool[np.arange(int(lengths.sum())) + np.repeat(shift, lengths)]
 
 
-def common_prefix(opening: bytes, ids: bytes) -> int:
-    """How many tokens of a block are its opening alone, where content merges with the end of it."""
-    pairs = zip(array("i", opening), array("i", ids), strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def text_sample(packed: bytes, tokenizer: Tokenizer) -> Sample:
-    """Plain text, all trained, and a trained end, so that a base model learns that documents end."""
-    return text_piece(packed + packed_id(tokenizer.pad))
-
-
-def text_piece(packed: bytes, turn: int = -1) -> Sample:
-    length = len(packed) // ID_BYTES
-    first = min(1, length)  # nothing predicts it
-    parts = [Stretch(MASKED["text"], 0, first, 0, 0.0), Stretch(TRAINED, 0, length - first, 0, 1.0)]
-    return Sample(packed, parts, turn=turn)
-
-
-def cut(sample: Sample, block_size: int) -> Sample | None:
-    """The sample without turns at its end, so that it fits and ends on an assistant turn; None where nothing is left.
-
-    Plain text, which has no turns, is cut inside.
-    """
-    if not sample.roles:
-        return text_piece(sample.packed[: block_size * ID_BYTES], sample.turn)
-    ends = list(itertools.accumulate(stretch.tokens for stretch in sample.stretches))
-    for count in range(len(ends), 0, -1):
-        if sample.roles[count - 1] == ASSISTANT and ends[count - 1] <= block_size:
-            packed = sample.packed[: ends[count - 1] * ID_BYTES]
-            return Sample(packed, sample.stretches[:count], sample.roles[:count], sample.turn)
-    return None
-
-
-def split_text(sample: Sample, block_size: int) -> list[Sample]:
-    """Plain text as consecutive pieces of block_size tokens, the last one shorter."""
-    size = block_size * ID_BYTES
-    starts = range(0, len(sample.packed), size)
-    return [text_piece(sample.packed[start : start + size], turn) for turn, start in enumerate(starts)]
+def with_texts(samples: Samples, texts: Mapping[int, str], tokenizer: Tokenizer) -> Samples:
+    """The samples, and in between plain text, all trained, with a trained end, so that a base model learns that
+    documents end."""
+    pad = np.int32(tokenizer.pad).tobytes()
+    pieces = [text_piece(part.tobytes() + pad) for part in tokenizer.packed(list(texts.values())).listed()]
+    found = [*zip(samples.conversation.tolist(), samples.listed(), strict=True), *zip(texts, pieces, strict=True)]
+    found.sort(key=itemgetter(0))  # those of one conversation stay in order
+    return Samples.of([index for index, _ in found], [sample for _, sample in found])

@@ -32,7 +32,12 @@ def decoded_line(line: bytes) -> Any:
 def decoded(text: str) -> Any:
     """The value that the text is, blanks around it aside; BadRecord for what is refused, ValueError for broken JSON."""
     try:
-        value = STRICT.decode(text)
+        try:
+            value, end = STRICT.raw_decode(text)  # half of what decode does: no looking for blanks around the value
+        except json.JSONDecodeError:
+            end = -1
+        if end != len(text):
+            value = STRICT.decode(text)
     except RecursionError as error:
         raise BadRecord(TOO_DEEP) from error
     if text.count("{") + text.count("[") > DEEPEST:

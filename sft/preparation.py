@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from operator import or_
@@ -19,22 +18,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.chatml import (
-    KINDS,
-    NOT_TRAINED,
-    TEMPLATE,
-    TRAINED,
-    Sample,
-    Stretch,
-    TrainOn,
-    cut,
-    message_weights,
-    render_batch,
-    split_text,
-)
+from sft.chatml import TrainOn, message_weights, rendered
 from sft.conversation import BadFile, BadRecord, Conversation, Message
 from sft.duplicates import DIGEST_BYTES, said
 from sft.records import ReadOptions, oddities, read_record
+from sft.samples import KINDS, NOT_TRAINED, TEMPLATE, TRAINED, Sample, Samples, cut, split_text
 from sft.sources import RawRecord, Source, raw_records
 from sft.templates import (
     HEADER,
@@ -55,8 +43,8 @@ CHUNK_BYTES = 1_000_000
 
 MERGING = {" ", "\t", "\n", "\r"}  # what an answer may begin with, to merge with the line end of its header
 
-KEPT = "kept"
-FATES = (KEPT, "too_long", "no_trained_token")  # what rendering alone can tell of a sample
+FATES = ("kept", "too_long", "no_trained_token")  # what rendering alone can tell of a sample
+KEPT, TOO_LONG, NO_TRAINED_TOKEN = range(len(FATES))
 
 
 @dataclass(frozen=True)
@@ -170,107 +158,96 @@ def render_chunk(recipe: Recipe, chunk: Chunk) -> Rendered:
             if raw.bom:
                 seen.append((len(conversations) - 1, "byte_order_mark"))
     shown = [recipe.shown(conversation) for conversation in conversations]
-    samples = render_batch(shown, recipe.tokenizer, template=recipe.template, train_on=recipe.train_on)
-    fitted = Fitted()
-    for index, of_one in enumerate(samples):
-        for sample in of_one:
-            fitted.add(index, sample, recipe)
-    digests = [digest_of(*each, recipe.train_on) for each in zip(shown, samples, strict=True)]
+    samples = rendered(shown, recipe.tokenizer, template=recipe.template, train_on=recipe.train_on)
     return Rendered(
         source=chunk.source,
         read=len(chunk.records),
         bad=bad,
-        too_long=[too_long(conversations[index], length, recipe) for index, length in fitted.errors],
+        too_long=[too_long(conversations[i], length, recipe) for i, length in refused(samples, recipe)],
         records=np.array([conversation.record for conversation in conversations], np.int64),
         lines=np.array([conversation.line for conversation in conversations], np.int64),
-        digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16),
+        digests=digests_of(samples, len(conversations)),
         is_val=np.array([recipe.is_validation(conversation) for conversation in conversations], bool),
         noticed=seen
         + [(index, name) for index, conversation in enumerate(shown) for name in noticed(conversation, recipe)],
-        **fitted.arrays(),
+        **arrays_of(samples, recipe),
     )
 
 
-@dataclass
-class Fitted:
-    """Collects samples that were made to fit, and what was dropped; `arrays` joins them."""
-
-    conversation: list[int] = field(default_factory=list)
-    turn: list[int] = field(default_factory=list)
-    fate: list[int] = field(default_factory=list)
-    rendered: list[int] = field(default_factory=list)
-    packed: list[bytes] = field(default_factory=list)  # ids of each sample that is kept
-    stretches: list[Stretch] = field(default_factory=list)
-    stretch_counts: list[int] = field(default_factory=list)  # of each sample
-    errors: list[tuple[int, int]] = field(default_factory=list)  # conversation, its length
-
-    def add(self, conversation: int, sample: Sample, recipe: Recipe) -> None:
-        """Count a sample as what is left of it within block_size."""
-        length, block_size = sample.tokens, recipe.block_size
-        if not sample.is_trained:
-            self._enter(conversation, sample, "no_trained_token", rendered=length)
-        elif length <= block_size:
-            self._enter(conversation, sample, KEPT, rendered=length)
-        elif recipe.too_long == "split" and not sample.roles:
-            for piece in split_text(sample, block_size):
-                fate = KEPT if piece.is_trained else "no_trained_token"
-                self._enter(conversation, piece, fate, rendered=piece.tokens)
-        else:
-            if recipe.too_long == "error":
-                self.errors.append((conversation, length))
-            shorter = cut(sample, block_size) if recipe.too_long in ("cut", "split") else None
-            if shorter is not None and shorter.is_trained:
-                self._enter(conversation, shorter, KEPT, rendered=length)
-            else:
-                self._enter(conversation, sample, "too_long", rendered=length)
-
-    def _enter(self, conversation: int, sample: Sample, fate: str, *, rendered: int) -> None:
-        self.conversation.append(conversation)
-        self.turn.append(sample.turn)
-        self.fate.append(FATES.index(fate))
-        self.rendered.append(rendered)
-        if fate == KEPT:
-            self.stretch_counts.append(len(sample.stretches))
-            self.stretches += sample.stretches
-            self.packed.append(sample.packed)
-        else:
-            self.stretch_counts.append(0)
-
-    def arrays(self) -> dict[str, Any]:
-        """The fields of Rendered that tell of samples."""
-        samples = len(self.turn)
-        sample_of = np.repeat(np.arange(samples), np.array(self.stretch_counts, np.int64))
-        table = np.array(self.stretches, np.float64).reshape(-1, len(Stretch._fields))
-        kind, before, length, after = table[:, :4].astype(np.int64).T
-        by_kind = np.bincount(sample_of * len(KINDS) + kind, length, samples * len(KINDS)).reshape(samples, len(KINDS))
-        by_kind[:, TEMPLATE] += np.bincount(sample_of, before + after, samples)
-        is_trained = kind == TRAINED
-        weight = np.where(is_trained, table[:, 4], 0).astype(np.float32)
-        # of the template, of the stretch, of the template
-        parts = np.stack([before, length, after], axis=1).ravel()
-        nothing = np.zeros_like(weight)
-        weights = np.repeat(np.stack([nothing, weight, nothing], axis=1).ravel(), parts)
-        ids = np.frombuffer(b"".join(self.packed), np.int32)
-        return {
-            "conversation": np.array(self.conversation, np.int64),
-            "turn": np.array(self.turn, np.int64),
-            "fate": np.array(self.fate, np.int8),
-            "rendered": np.array(self.rendered, np.int64),
-            "kinds": by_kind.astype(np.int64),
-            "targets": np.bincount(sample_of, weight.astype(np.float64) * length, samples),
-            "input_ids": ids,
-            "labels": np.where(weights > 0, ids, np.int32(NOT_TRAINED)),
-            "weights": weights if (weight[is_trained] != 1).any() else None,
-        }
+def refused(samples: Samples, recipe: Recipe) -> list[tuple[int, int]]:
+    """Conversation and length of each sample that is an error."""
+    if recipe.too_long != "error":
+        return []
+    is_long = (samples.lengths > recipe.block_size) & (samples.trained > 0)
+    return list(zip(samples.conversation[is_long].tolist(), samples.lengths[is_long].tolist(), strict=True))
 
 
-def digest_of(conversation: Conversation, samples: Sequence[Sample], train_on: TrainOn) -> bytes:
-    """16 bytes that are equal for equal ids, labels and weights: given the ids, the weights decide about the others."""
-    digest = hashlib.blake2b(samples[0].packed, digest_size=DIGEST_BYTES)
-    for sample in samples[1:]:
-        digest.update(sample.packed)
-    digest.update(array("d", message_weights(conversation.messages, train_on)))
-    return digest.digest()
+def arrays_of(samples: Samples, recipe: Recipe) -> dict[str, Any]:
+    """The fields of Rendered that tell of samples."""
+    lengths = samples.lengths
+    if (lengths > recipe.block_size).any() and recipe.too_long in ("cut", "split"):
+        samples, lengths = shortened(samples, recipe)
+    fits = samples.lengths <= recipe.block_size
+    is_trained = samples.trained > 0
+    kept = samples.chosen(is_kept := fits & is_trained)
+    kind, before, length, after = kept.stretches.T
+    of_kept = np.bincount(kept.of_stretch * len(KINDS) + kind, length, len(kept) * len(KINDS))
+    kinds = np.zeros((len(samples), len(KINDS)), np.int64)
+    kinds[is_kept] = of_kept.reshape(-1, len(KINDS))
+    kinds[is_kept, TEMPLATE] += kept.summed(before + after)
+    weight = np.where(kind == TRAINED, kept.weights, 0).astype(np.float32)
+    targets = np.zeros(len(samples))
+    targets[is_kept] = np.bincount(kept.of_stretch, weight.astype(np.float64) * length, len(kept))
+    # of the template, of the stretch, of the template
+    nothing = np.zeros_like(weight)
+    weights = np.repeat(np.stack([nothing, weight, nothing], axis=1).ravel(), kept.stretches[:, 1:].ravel())
+    return {
+        "conversation": samples.conversation,
+        "turn": samples.turn,
+        "fate": np.where(is_kept, KEPT, np.where(is_trained, TOO_LONG, NO_TRAINED_TOKEN)).astype(np.int8),
+        "rendered": lengths,
+        "kinds": kinds,
+        "targets": targets,
+        "input_ids": kept.ids,
+        "labels": np.where(weights > 0, kept.ids, np.int32(NOT_TRAINED)),
+        "weights": weights if (kept.weights[kind == TRAINED] != 1).any() else None,
+    }
+
+
+def shortened(samples: Samples, recipe: Recipe) -> tuple[Samples, NDArray[np.int64]]:
+    """The samples, those that are too long cut or split where something is left; and how long each was before."""
+    fitted: list[tuple[int, Sample, int]] = []
+    for conversation, sample in zip(samples.conversation.tolist(), samples.listed(), strict=True):
+        fitted += [(conversation, piece, length) for piece, length in fit(sample, recipe)]
+    conversations, pieces, lengths = zip(*fitted, strict=True)
+    return Samples.of(conversations, pieces), np.array(lengths, np.int64)
+
+
+def fit(sample: Sample, recipe: Recipe) -> list[tuple[Sample, int]]:
+    """A sample as what is left of it within block_size, and the tokens that each part had before it was cut."""
+    length, block_size = sample.tokens, recipe.block_size
+    if length <= block_size or not sample.is_trained:
+        return [(sample, length)]
+    if recipe.too_long == "split" and not sample.roles:
+        return [(piece, piece.tokens) for piece in split_text(sample, block_size)]
+    shorter = cut(sample, block_size)
+    return [(shorter if shorter is not None and shorter.is_trained else sample, length)]
+
+
+def digests_of(samples: Samples, conversations: int) -> NDArray[np.uint8]:
+    """(C, 16) equal for equal ids, labels and weights: given the ids, the weights decide about the others."""
+    ends = np.searchsorted(samples.conversation, np.arange(conversations), "right")
+    tokens, stretches = (
+        np.concatenate([[0], np.cumsum(sizes)])[np.concatenate([[0], ends])].tolist()
+        for sizes in (samples.lengths * samples.ids.itemsize, samples.sizes * samples.weights.itemsize)
+    )
+    ids, weights = samples.ids.data.cast("B"), samples.weights.data.cast("B")
+    digests = []
+    for i in range(conversations):
+        digest = hashlib.blake2b(ids[tokens[i] : tokens[i + 1]], digest_size=DIGEST_BYTES)
+        digest.update(weights[stretches[i] : stretches[i + 1]])
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def too_long(conversation: Conversation, length: int, recipe: Recipe) -> Bad:
@@ -312,7 +289,7 @@ def merges_with_header(message: Message, recipe: Recipe) -> bool:
         return False
     content = content_of(message, recipe.template)
     answer = content + calls_text(message, has_content=bool(content))
-    header, apart, together = recipe.tokenizer.packed([HEADER["assistant"], answer, HEADER["assistant"] + answer])
+    header, apart, together = recipe.tokenizer.encode_batch([HEADER["assistant"], answer, HEADER["assistant"] + answer])
     return header + apart != together
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -138,6 +139,9 @@ class PreparedWriter:
 
         The whole meta.
         """
+        names = [array.path.name for array in self.arrays.values()]
+        with ThreadPoolExecutor() as pool:  # hashing holds no lock
+            described = list(pool.map(description, self.arrays.values()))
         lengths = {split: np.diff(np.load(self.arrays[split, "offsets"].path)) for split in SPLITS}
         meta = {
             "format": FORMAT,
@@ -148,7 +152,7 @@ class PreparedWriter:
                 **{split: length_statistics(lengths[split]) for split in SPLITS},
             },
             "max_id": self.max_id,
-            "arrays": {array.path.name: described(array) for array in self.arrays.values()},
+            "arrays": dict(zip(names, described, strict=True)),
         }
         path = self.folder / "meta.json"
         with open(partial_of(path), "w", encoding="utf-8") as file:
@@ -186,7 +190,7 @@ def into_place(file: Any, partial: Path, path: Path) -> None:
     os.replace(partial, path)
 
 
-def described(array: GrowingArray) -> dict[str, Any]:
+def description(array: GrowingArray) -> dict[str, Any]:
     shape = [array.length, *array.row_shape]
     return {"dtype": array.dtype.str, "shape": shape, "sha256": sha256_of(array.path)}
 

@@ -30,6 +30,7 @@ STANDARD_INPUT = "standard input"  # as messages call it; '-' on the command lin
 
 LONGEST_RECORD = 32 * 2**20  # bytes
 HEAD_BYTES = 4096  # read to find out what a file holds
+LINES_PER_TELL = 64  # asking how far a file is read takes as long as reading a line
 BUFFER_BYTES = 2**20
 PARQUET_ROWS = 256  # decoded at a time
 
@@ -199,8 +200,9 @@ def raw_records(source: Source, *, advance: Callable[[int], object] = lambda cou
                 bom = True
                 continue
             record += 1
-            advance(reached - passed)
-            passed = reached
+            if reached > passed:
+                advance(reached - passed)
+                passed = reached
             yield RawRecord(record, line, value, size, bom)
             bom = False
         advance(total - passed)
@@ -246,9 +248,11 @@ def damaged(error: Exception) -> BadFile:
 
 def lines(file: BinaryIO, disk: BinaryIO, total: int) -> Iterator[Piece]:
     """Each line that is not blank; one that is too long is passed over without being held."""
-    number = 0
+    number = reached = 0
     while True:
         number += 1
+        if number % LINES_PER_TELL == 0:
+            reached = disk.tell()
         value: bytes | BadRecord
         try:
             value = line = file.readline(LONGEST_RECORD + 1)
@@ -264,7 +268,7 @@ def lines(file: BinaryIO, disk: BinaryIO, total: int) -> Iterator[Piece]:
         if isinstance(value, BadRecord) or not value.isspace():
             if not value:
                 return
-            yield number, value, size, disk.tell()
+            yield number, value, size, reached
 
 
 def too_long(what: str) -> BadRecord:

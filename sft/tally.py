@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.chatml import KINDS, MASKED, REPEATED, TEMPLATE, TRAINED
 from sft.ledger import DROPPED, PER_SOURCE, PER_SPLIT
 from sft.preparation import FATES, KEPT, Bad, Rendered
+from sft.samples import KINDS, MASKED, REPEATED, TEMPLATE, TRAINED
 
-ALL_FATES = (KEPT, *DROPPED)
+ALL_FATES = (FATES[KEPT], *DROPPED)
 assert ALL_FATES[: len(FATES)] == FATES
 DUPLICATE, IN_TRAINING = map(ALL_FATES.index, ("duplicate", "in_training"))
 

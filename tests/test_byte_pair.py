@@ -11,15 +11,12 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from sft.byte_pair import (
     GPT2_PATTERN,
-    MARKS_RUN,
     QWEN3_PATTERN,
     RARE_BLANKS,
     TiktokenEncoder,
-    combining_planes,
-    disputed,
-    nfc,
 )
 from sft.errors import UserError
+from sft.nfc import MARKS_RUN, combining_planes, disputed, nfc
 from sft.tokenizer import load_tokenizer
 from tests.tiny_tokenizer import CONTROL, OTHER, save_tiny_tokenizer, tiny_library_tokenizer
 
@@ -89,6 +86,28 @@ def merging_blanks(tmp_path_factory):
 def test_cutting_text_in_white_space_replaces_the_look_ahead_of_the_pattern(merging_blanks, text):
     assert merging_blanks.backend == "tiktoken"
     assert merging_blanks.encode(text) == merging_blanks.encoder.reference.encode_batch([text])[0]
+
+
+ODD = ["<think>", "a  <think> \x1c", "e\u0301  \u0301", "", "  </think>"]
+
+
+@given(texts=st.lists(AROUND_BLANKS | st.sampled_from(ODD)))
+def test_texts_have_the_ids_together_that_each_has_alone(tiny, merging_blanks, texts):
+    for tokenizer in (tiny, merging_blanks):
+        assert tokenizer.encode_batch(texts) == tokenizer.encoder.reference.encode_batch(texts)
+
+
+def test_a_spelling_that_only_normalising_gives_is_no_added_token(tmp_path):
+    path = save_tiny_tokenizer(tmp_path)
+    content = json.loads(path.read_text())
+    for token in content["added_tokens"]:
+        if token["content"] == "<think>":
+            token["content"] = "<thinK>"
+    path.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.backend == "tiktoken"
+    for text in ("<thinK>", "<thin\u212a>", "a <thin\u212a> é <thinK>"):  # a Kelvin sign, which NFC makes a K
+        assert tokenizer.encode_batch([text, "b"]) == tokenizer.encoder.reference.encode_batch([text, "b"])
 
 
 def test_the_blanks_at_which_text_is_cut_are_what_the_patterns_take_for_white_space():

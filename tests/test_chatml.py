@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sft.chatml import KINDS, NOT_TRAINED, cut, prompt_ids, render, render_batch, split_text
+from sft import chatml
+from sft.chatml import NOT_TRAINED, prompt_ids, render
 from sft.conversation import Conversation, Message, ToolCall
 from sft.records import ReadOptions, read_record
+from sft.samples import KINDS, cut, split_text
 from sft.sources import RawRecord
 from sft.templates import blocks_of, blocks_of_turn, text_of_blocks
 from sft.tokenizer import load_tokenizer
@@ -117,7 +119,8 @@ def test_a_batch_gives_what_each_conversation_gives_alone(tiny):
         Conversation((), "hat"),
         conversation(("assistant", "")),
     ]
-    assert render_batch(conversations, tiny) == [render(each, tiny) for each in conversations]
+    together = chatml.rendered(conversations, tiny).listed()
+    assert together == [sample for each in conversations for sample in render(each, tiny)]
 
 
 def test_cutting_removes_whole_turns_until_the_last_is_an_assistant_turn(tiny):
@@ -274,9 +277,9 @@ def test_every_plain_case_has_the_expected_ids_and_labels(shared, cases, file):
     tokenizer = load_tokenizer(shared / "tokenizer/qwen3" / file)
     cases = [case for case in cases if "safeA" in case["expected"]]
     assert len(cases) == 261
-    samples = render_batch([conversation_of_case(case) for case in cases], tokenizer)
+    samples = chatml.rendered([conversation_of_case(case) for case in cases], tokenizer).listed()
     unlike_safe = 0
-    for case, (sample,) in zip(cases, samples, strict=True):
+    for case, sample in zip(cases, samples, strict=True):
         assert (sample.input_ids, sample.labels) == expected_sample(case), case["id"]
         unlike_safe += sample.input_ids != case["expected"]["safeA"]["ids"]
     # the cases in which assistant content begins with a newline

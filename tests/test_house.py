@@ -34,6 +34,8 @@ LOWEST = {
         "byte_pair",
         "templates",
         "chatml",
+        "samples",
+        "nfc",
     ),
     *("duplicates", "workers", "preparation", "tally", "joining", "audit", "ledger", "packing", "arrays"),
     *("prepared_writer", "data_summary", "data_report", "sample_view", "sample_choice", "page"),

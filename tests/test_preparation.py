@@ -3,9 +3,9 @@ import pytest
 
 import prepare_sft
 from sft.arrays import ArrayReader
-from sft.chatml import render
+from sft.chatml import render, rendered
 from sft.conversation import Conversation, Message
-from sft.preparation import Fitted
+from sft.preparation import arrays_of
 from sft.prepared_writer import PreparedWriter
 from sft.tokenizer import load_tokenizer
 from tests.preparing import dialogue, exchange, prepare, texts, tokenizer_of, trained_texts
@@ -219,10 +219,9 @@ def test_the_labels_that_are_written_are_those_of_each_sample(tmp_path):
     recipe = prepare_sft.recipe_of(settings, tokenizer, [])
     for template in ("chatml", "qwen3"):
         for train_on in ("assistant", "last", "all"):
-            fitted, expected = Fitted(), []
-            for index, conversation in enumerate(conversations):
-                for sample in render(conversation, tokenizer, template=template, train_on=train_on):
-                    fitted.add(index, sample, recipe)
-                    expected += sample.labels if sample.is_trained else []
-            assert fitted.arrays()["labels"].tolist() == expected
+            how = {"template": template, "train_on": train_on}
+            apart = [sample for each in conversations for sample in render(each, tokenizer, **how)]
+            expected = [label for sample in apart if sample.is_trained for label in sample.labels]
+            together = arrays_of(rendered(conversations, tokenizer, **how), recipe)
+            assert together["labels"].tolist() == expected
             assert len(expected) > 20
