@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
+CPU_SUM = 2**13  # terms of a sum at once
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,10 +18,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; on CUDA half precision gives fp32, since cuBLAS may add the parts of a sum in the dtype of the result."""
-    if a.is_cuda and a.dtype in HALF and half_precision_adds(a.device, a.dtype) is not add_widened:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+    """a @ b, a sum over the vocabulary that should not be one long one in its own dtype.
+
+    On CUDA half precision gives fp32, since cuBLAS may add parts of a sum in the dtype of the result. On the CPU parts
+    are added: BLAS goes from end to end, which costs 2e-4 instead of 3e-6 in a sum of 151,936.
+    """
+    if a.is_cuda:
+        if a.dtype in HALF and half_precision_adds(a.device, a.dtype) is not add_widened:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b)
+    total = torch.mm(a[:, :CPU_SUM], b[:CPU_SUM])
+    for start in range(CPU_SUM, a.shape[1], CPU_SUM):
+        total += torch.mm(a[:, start : start + CPU_SUM], b[start : start + CPU_SUM])  # addmm would go on from the total
+    return total
 
 
 def add_product(total: Tensor, g: Tensor, h: Tensor, *, first: bool) -> None:
