@@ -11,28 +11,28 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sft.kernels.cross_entropy_kernels import cross_entropy_kernel, scale_kernel
-from sft.kernels.masked_cross_entropy import CONFIGURATIONS, SCALE_BLOCK, constants
+from sft.kernels.masked_cross_entropy import CONFIGURATIONS, SCALE_BLOCK, SCALE_WARPS, Configuration, constants
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 USAGE = re.compile(r"(REG|STACK|LOCAL):(\d+)")
 
 
-def compiled(kernel: Any, types: dict[str, str], constexprs: dict[str, Any], divisible: set[str], warps: int) -> Any:
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], divisible: set[str], **options: Any) -> Any:
     """A kernel for Hopper; arguments without a type are constants, None unless given."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
-    constants = {name: constexprs.get(name) for name in names if name not in types}
+    values = {name: constants.get(name) for name in names if name not in types}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name in divisible}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=HOPPER, options={"num_warps": warps})
+    source = ASTSource(kernel, signature, values, attributes)
+    return triton.compile(source, target=HOPPER, options={name: value for name, value in options.items() if value})
 
 
 def resources(kernel: Any) -> dict[str, int]:
@@ -51,37 +51,68 @@ def resources(kernel: Any) -> dict[str, int]:
     }
 
 
-def cross_entropy(index: int, *, dtype: str, gradient: bool, details: bool, weights: bool, divisible: bool) -> Any:
-    configuration = CONFIGURATIONS[index]
-    types = {"logits": f"*{dtype}", "labels": "*i64", "losses": "*fp32"}
-    types |= {"columns": "i32", "stride": "i32", "grad_scale": "fp32"}
-    types |= {"gradient": f"*{dtype}"} if gradient else {}
-    types |= {"weights": "*fp32"} if weights else {}
-    types |= {"entropies": "*fp32", "correct": "*i1"} if details else {}
-    itemsize = 4 if dtype == "fp32" else 2
-    width = 151_936 if divisible else 151_669
-    constexprs = constants(configuration, columns=width, stride=width, itemsize=itemsize)
-    aligned = {name for name in types if types[name].startswith("*")} | ({"columns", "stride"} if divisible else set())
-    return compiled(cross_entropy_kernel, types, constexprs, aligned, configuration.warps)
+class Variant(NamedTuple):
+    """What Triton is told, and what it sees in the arguments: which are 1 or multiples of 16."""
+
+    gradient: bool = True
+    details: bool = False
+    weights: bool = False
+    dtype: str = "bf16"
+    columns: int = 151_936
+    stride: int = 151_936
 
 
 VARIANTS = {
-    "gradient": {"dtype": "bf16", "gradient": True, "details": False, "weights": False, "divisible": True},
-    "everything": {"dtype": "bf16", "gradient": True, "details": True, "weights": True, "divisible": True},
-    "evaluation": {"dtype": "bf16", "gradient": False, "details": True, "weights": False, "divisible": True},
-    "odd vocabulary": {"dtype": "bf16", "gradient": True, "details": False, "weights": True, "divisible": False},
-    "fp32": {"dtype": "fp32", "gradient": True, "details": False, "weights": False, "divisible": True},
+    "training": Variant(),
+    "everything": Variant(details=True, weights=True),
+    "evaluation": Variant(gradient=False, details=True),
+    "odd columns": Variant(columns=151_669, stride=151_680),
+    "odd rows": Variant(weights=True, columns=151_669, stride=151_669),
+    "fp32": Variant(dtype="fp32"),
 }
+ONE_COLUMN = Variant(columns=1, stride=1)
+
+
+def cross_entropy(configuration: Configuration, variant: Variant) -> Any:
+    types = {"logits": f"*{variant.dtype}", "labels": "*i64", "losses": "*fp32", "grad_scale": "fp32"}
+    types |= {"gradient": f"*{variant.dtype}"} if variant.gradient else {}
+    types |= {"weights": "*fp32"} if variant.weights else {}
+    types |= {"entropies": "*fp32", "correct": "*i1"} if variant.details else {}
+    sizes = {"columns": variant.columns, "stride": variant.stride}
+    itemsize = 4 if variant.dtype == "fp32" else 2
+    given = constants(configuration, columns=variant.columns, stride=variant.stride, itemsize=itemsize)
+    given |= {name: size for name, size in sizes.items() if size == 1}
+    divisible = {name for name in types if types[name].startswith("*")}
+    divisible |= {name for name, size in sizes.items() if size % 16 == 0}
+    types |= {name: "i32" for name, size in sizes.items() if size != 1}
+    options = {"num_warps": configuration.warps, "maxnreg": configuration.registers}
+    return compiled(cross_entropy_kernel, types, given, divisible, **options)
+
+
+def scale(dtype: str, **ones: int) -> Any:
+    types = {
+        "tensor": f"*{dtype}",
+        "factor": "*fp32",
+        "divisor": "fp32",
+        "rows": "i32",
+        "columns": "i64",
+        "stride": "i64",
+    }
+    types = {name: type for name, type in types.items() if name not in ones}
+    divisible = set(types) - {"divisor", "rows"}
+    return compiled(scale_kernel, types, {"BLOCK": SCALE_BLOCK, **ones}, divisible, num_warps=SCALE_WARPS)
 
 
 def main(chosen: list[int]) -> None:
-    table = {}
-    for index in chosen or range(len(CONFIGURATIONS)):
-        for name, variant in VARIANTS.items():
-            table[f"{index} {name}"] = resources(cross_entropy(index, **variant))
-    types = {"tensor": "*bf16", "factor": "*fp32", "divisor": "fp32", "rows": "i32", "columns": "i64", "stride": "i64"}
-    scale = compiled(scale_kernel, types, {"BLOCK": SCALE_BLOCK}, set(types) - {"divisor", "rows"}, 8)
-    table["scale"] = resources(scale)
+    table = {
+        f"{index} {name}": resources(cross_entropy(CONFIGURATIONS[index], variant))
+        for index in chosen or range(len(CONFIGURATIONS))
+        for name, variant in VARIANTS.items()
+    }
+    table["one column"] = resources(cross_entropy(CONFIGURATIONS[0], ONE_COLUMN))
+    table["scale rows"] = resources(scale("bf16"))
+    table["scale contiguous"] = resources(scale("fp32", rows=1))
+    table["scale one number"] = resources(scale("fp32", rows=1, columns=1, stride=1))
     print(json.dumps({"triton": triton.__version__, "kernels": table}))
 
 

@@ -59,49 +59,21 @@ def cross_entropy_kernel(
         valid = (label >= 0) & (label < columns)
         x_label = tl.load(logits + start + label, mask=valid, other=float("nan")).to(tl.float32)
         policy: tl.constexpr = "evict_first" if gradient is None else ("evict_last" if KEEP else "")
-        kept, state = _read_row(
-            logits + start,
-            logits + body,
-            cells,
-            lead,
-            columns - lead,
-            label,
-            x_label,
-            UNROLL,
-            HELD,
-            STAGES,
-            policy,
-            ALIGNED,
-            entropies is not None,
-        )
-        log2_sum = _write_results(
-            losses + row,
-            entropies if entropies is None else entropies + row,
-            correct if correct is None else correct + row,
-            x_label,
-            state,
-        )
+        at, ends = (logits + start, logits + body), (lead, columns - lead)
+        DETAILS: tl.constexpr = entropies is not None
+        kept, state = _read_row(at, cells, ends, label, x_label, UNROLL, HELD, STAGES, policy, ALIGNED, DETAILS)
+        entropy, is_correct = None, None
+        if DETAILS:
+            entropy, is_correct = entropies + row, correct + row
+        base, total = _write_results(losses + row, entropy, is_correct, x_label, state)
         if gradient is not None:
             factor = grad_scale if weights is None else grad_scale * tl.load(weights + row).to(tl.float32)
             factor = tl.where(valid, factor, float("nan"))
             tl.debug_barrier()  # whoever writes the label's column must not overtake those who still read it
-            _write_gradient(
-                logits + body,
-                gradient + start,
-                gradient + body,
-                cells,
-                lead,
-                columns - lead,
-                kept,
-                log2_sum,
-                factor,
-                UNROLL,
-                HELD,
-                STAGES,
-                ALIGNED,
-            )
+            at, ends = (gradient + start, gradient + body), (lead, columns - lead)
+            _write_gradient(logits + body, at, cells, ends, kept, base, factor / total, UNROLL, HELD, STAGES, ALIGNED)
             tl.debug_barrier()  # the label's column is written last
-            at_label = (tl.exp2(x_label * LOG2E - log2_sum) - 1.0) * factor
+            at_label = (tl.exp2(x_label * LOG2E - base) / total - 1.0) * factor
             tl.store(gradient + start + label, at_label.to(gradient.dtype.element_ty), mask=valid)
 
 
@@ -120,11 +92,9 @@ def _write_zeros(start: tl.tensor, body: tl.tensor, cells: tl.tensor, lead: tl.t
 
 @triton.jit
 def _read_row(
-    start: tl.tensor,
-    body: tl.tensor,
+    at: tl.tensor,
     cells: tl.tensor,
-    lead: tl.tensor,
-    inner: tl.tensor,
+    ends: tl.tensor,
     label: tl.tensor,
     x_label: tl.tensor,
     UNROLL: tl.constexpr,
@@ -136,6 +106,8 @@ def _read_row(
 ) -> tl.tensor:
     """The first pass: what stays in registers for the second, and the state of each lane, see _add_tiles."""
     SLAB: tl.constexpr = cells.shape[0] * cells.shape[1]
+    start, body = at
+    lead, inner = ends
     full = inner // (SLAB * UNROLL)
     ragged = ()
     for u in tl.static_range(UNROLL):
@@ -157,15 +129,15 @@ def _read_row(
         top, total, moment, beaten = _add_tiles(
             (mine,), 0, edge, label, x_label, top, total, moment, beaten, 1, DETAILS
         )
-    at = label - lead
+    label -= lead
     first = full * UNROLL * SLAB
     top, total, moment, beaten = _add_tiles(
-        ragged, first, cells, at, x_label, top, total, moment, beaten, UNROLL, DETAILS
+        ragged, first, cells, label, x_label, top, total, moment, beaten, UNROLL, DETAILS
     )
     for i in tl.static_range(HELD):
         tiles = held[i * UNROLL : (i + 1) * UNROLL]
         top, total, moment, beaten = _add_tiles(
-            tiles, i * UNROLL * SLAB, cells, at, x_label, top, total, moment, beaten, UNROLL, DETAILS
+            tiles, i * UNROLL * SLAB, cells, label, x_label, top, total, moment, beaten, UNROLL, DETAILS
         )
     for i in tl.range(HELD, full, num_stages=STAGES):
         first = i * UNROLL * SLAB
@@ -173,7 +145,7 @@ def _read_row(
         for u in tl.static_range(UNROLL):
             tiles += (tl.load(body + first + u * SLAB + cells, eviction_policy=POLICY),)
         top, total, moment, beaten = _add_tiles(
-            tiles, first, cells, at, x_label, top, total, moment, beaten, UNROLL, DETAILS
+            tiles, first, cells, label, x_label, top, total, moment, beaten, UNROLL, DETAILS
         )
     return (ragged, held, x_edge), (top, total, moment, beaten)
 
@@ -219,7 +191,7 @@ def _add_tiles(
 def _write_results(
     loss: tl.tensor, entropy: tl.tensor, correct: tl.tensor, x_label: tl.tensor, state: tl.tensor
 ) -> tl.tensor:
-    """log2 of the sum of the row's exponentials; the loss and, unless `entropy` is None, the details are written."""
+    """The row's base and the sum of exp2(x * log2(e) - base); the loss is written, and unless None the details."""
     top, total, moment, beaten = state
     row_top = tl.max(top, axis=0)
     base = tl.where(row_top == LOWEST, 0.0, row_top)
@@ -232,32 +204,32 @@ def _write_results(
         moment = (moment + total * tl.where(top == LOWEST, 0.0, top - base)) * shrink
         tl.store(entropy, (log2_total - tl.sum(moment, axis=0) / row_total) * LN2)
         tl.store(correct, (tl.max(beaten, axis=0) == 0) & (row_loss < float("inf")))  # not so for NaN
-    return base + log2_total
+    return base, row_total
 
 
 @triton.jit
-def _gradient(x: tl.tensor, log2_sum: tl.tensor, factor: tl.tensor) -> tl.tensor:
-    return (tl.exp2(x.to(tl.float32) * LOG2E - log2_sum) * factor).to(x.dtype)
+def _gradient(x: tl.tensor, base: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    return (tl.exp2(x.to(tl.float32) * LOG2E - base) * scale).to(x.dtype)
 
 
 @triton.jit
 def _write_gradient(
     body: tl.tensor,
-    gradient_start: tl.tensor,
-    gradient_body: tl.tensor,
+    at: tl.tensor,
     cells: tl.tensor,
-    lead: tl.tensor,
-    inner: tl.tensor,
+    ends: tl.tensor,
     kept: tl.tensor,
-    log2_sum: tl.tensor,
-    factor: tl.tensor,
+    base: tl.tensor,
+    scale: tl.tensor,
     UNROLL: tl.constexpr,
     HELD: tl.constexpr,
     STAGES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ) -> None:
-    """The second pass, backwards: factor * softmax, the label's column as any other."""
+    """The second pass, backwards: scale * exp2(x * log2(e) - base), in the label's column as in any other."""
     SLAB: tl.constexpr = cells.shape[0] * cells.shape[1]
+    gradient_start, gradient_body = at
+    lead, inner = ends
     ragged, held, x_edge = kept
     full = inner // (SLAB * UNROLL)
     for i in tl.range(HELD, full, num_stages=STAGES):
@@ -265,17 +237,17 @@ def _write_gradient(
         for u in tl.static_range(UNROLL):
             cell = first + u * SLAB + cells
             x = tl.load(body + cell, eviction_policy="evict_first")
-            tl.store(gradient_body + cell, _gradient(x, log2_sum, factor), eviction_policy="evict_first")
+            tl.store(gradient_body + cell, _gradient(x, base, scale), eviction_policy="evict_first")
     for u in tl.static_range(HELD * UNROLL):
-        g = _gradient(held[u], log2_sum, factor)
+        g = _gradient(held[u], base, scale)
         tl.store(gradient_body + u * SLAB + cells, g, eviction_policy="evict_first")
     for u in tl.static_range(UNROLL):
         cell = (full * UNROLL + u) * SLAB + cells
-        g = _gradient(ragged[u], log2_sum, factor)
+        g = _gradient(ragged[u], base, scale)
         tl.store(gradient_body + cell, g, mask=cell < inner, eviction_policy="evict_first")
     if not ALIGNED:
         edge = tl.arange(0, ALIGNMENT)[None, :]
-        tl.store(gradient_start + edge, _gradient(x_edge, log2_sum, factor), mask=edge < lead)
+        tl.store(gradient_start + edge, _gradient(x_edge, base, scale), mask=edge < lead)
 
 
 @triton.jit
@@ -293,8 +265,9 @@ def scale_kernel(
     if numerator != divisor:
         ratio = numerator / divisor
         per_row = tl.cdiv(columns, BLOCK)
+        blocks = tl.full((), per_row, tl.int64) * rows
         cells = tl.arange(0, BLOCK)
-        for block in range(tl.program_id(0).to(tl.int64), rows.to(tl.int64) * per_row, tl.num_programs(0)):
+        for block in range(tl.program_id(0).to(tl.int64), blocks, tl.num_programs(0)):
             row = block // per_row
             column = (block - row * per_row) * BLOCK + cells
             place = tensor + row * stride + column

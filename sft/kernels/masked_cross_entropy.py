@@ -29,12 +29,10 @@ import contextlib
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from sft.chatml import NOT_TRAINED
 from sft.kernels import cross_entropy_kernels
-from sft.kernels.cross_entropy_kernels import cross_entropy_kernel, scale_kernel
 from sft.kernels.reference import CrossEntropy
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -51,22 +49,23 @@ class Configuration(NamedTuple):
 
     warps: int
     unroll: int
-    held: int  # tiles that stay in registers between the passes, beside the ragged end
-    stages: int  # 1: loads go to registers; more: so many tiles are on their way to shared memory
+    held: int = 0  # tiles that stay in registers between the passes, beside the ragged end
+    stages: int = 1  # more: so many tiles are on their way to shared memory while one is worked on
+    registers: int | None = None  # at most, per thread; 65,536 / (32 * warps * registers) rows are in work at once
     keep: bool = True  # the first pass asks the L2 cache to keep what it reads
 
 
 CONFIGURATIONS = (  # the first is the default; why, and what the compiler makes of each, is in NOTES.md
-    Configuration(warps=16, unroll=2, held=0, stages=1),
-    Configuration(warps=16, unroll=2, held=0, stages=1, keep=False),
-    Configuration(warps=16, unroll=2, held=0, stages=3),
-    Configuration(warps=16, unroll=2, held=4, stages=1),
-    Configuration(warps=16, unroll=4, held=0, stages=1),
-    Configuration(warps=16, unroll=4, held=0, stages=3),
-    Configuration(warps=32, unroll=2, held=0, stages=1),
-    Configuration(warps=32, unroll=2, held=0, stages=3),
-    Configuration(warps=8, unroll=2, held=0, stages=1),
-    Configuration(warps=8, unroll=4, held=2, stages=1),
+    Configuration(warps=32, unroll=2),
+    Configuration(warps=32, unroll=2, keep=False),
+    Configuration(warps=32, unroll=1, stages=3),
+    Configuration(warps=32, unroll=2, stages=3),
+    Configuration(warps=16, unroll=2, registers=64),
+    Configuration(warps=16, unroll=2, registers=64, stages=3),
+    Configuration(warps=16, unroll=4, registers=128),
+    Configuration(warps=16, unroll=4, registers=128, stages=3),
+    Configuration(warps=16, unroll=2, registers=128, held=4),
+    Configuration(warps=8, unroll=4, registers=128, held=2),
 )
 
 
@@ -253,10 +252,10 @@ def scale_in_place(tensor: Tensor, factor: Tensor, divisor: float) -> None:
         assert tensor.ndim == 2, "contiguous, or a matrix"
         assert tensor.stride(1) == 1, "the rows of a matrix are contiguous"
         (rows, columns), stride = tensor.shape, tensor.stride(0)
-    blocks = rows * triton.cdiv(columns, SCALE_BLOCK)
+    blocks = rows * -(-columns // SCALE_BLOCK)
     with _on_device_of(tensor):
         programs = min(blocks, SCALE_PROGRAMS * _multiprocessors(tensor.device))
-        scale_kernel[(programs,)](
+        cross_entropy_kernels.scale_kernel[(programs,)](
             tensor, factor, divisor, rows, columns, stride, BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS
         )
 
@@ -280,9 +279,9 @@ def _launch(
     if rows == 0:
         return losses, entropies, correct
     chosen = CONFIGURATIONS[configuration or 0]
-    stride = logits.stride(0) if rows > 1 else triton.cdiv(columns, ALIGNMENT) * ALIGNMENT  # one row starts at 0
+    stride = logits.stride(0) if rows > 1 else -(-columns // ALIGNMENT) * ALIGNMENT  # one row starts at 0
     with _on_device_of(logits):
-        cross_entropy_kernel[(rows,)](
+        cross_entropy_kernels.cross_entropy_kernel[(rows,)](
             logits,
             gradient,
             labels.contiguous(),
@@ -295,6 +294,7 @@ def _launch(
             grad_scale,
             **constants(chosen, columns=columns, stride=stride, itemsize=logits.element_size()),
             num_warps=chosen.warps,
+            maxnreg=chosen.registers,
         )
     return losses, entropies, correct
 
