@@ -256,11 +256,14 @@ def block_cross_entropy_(
     losses = torch.where(trained, log_p.gather(1, labels[:, None])[:, 0].neg_(), 0.0)
     if not gradient and not details:
         return losses, None, None
-    p = log_p.exp_()
+    p = torch.exp(log_p, out=logits if logits.dtype == log_p.dtype else log_p)
     entropy = torch.special.entr(p).sum(-1).where(trained, 0.0) if details else None
     if gradient:
         p.mul_(factors[:, None]).scatter_add_(1, labels[:, None], -factors[:, None])
-        logits.copy_(p.masked_fill_(~trained[:, None], 0.0) if logits.is_cuda else p)
+        if logits.is_cuda:  # elsewhere no row is masked
+            p.masked_fill_(~trained[:, None], 0.0)
+        if p is not logits:
+            logits.copy_(p)
     return losses, entropy, is_correct
 
 
