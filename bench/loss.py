@@ -184,7 +184,7 @@ def main(argv: list[str]) -> None:
         "status": "running",
         **machine(device),
         "settings": asdict(settings),
-        "grid": {f"{row.name}, {', '.join(row.workloads)}": [dict(option) for option in row.grid] for row in PROVIDERS},
+        "grid": {f"{row.name}, {', '.join(row.workloads)}": [*row.grid, *row.gpu_grid] for row in PROVIDERS},
         "clocks_before": clocks(device),
         "configurations": [],
         "goals": [],

@@ -11,8 +11,8 @@ MEASURED = "measured"
 FLOOR, SPEED, MEMORY, MEMORY_SHARE, SYNCS = (
     "over the floor",
     "times as fast as",
-    "GB beyond the head's gradient",
-    ("of the memory of"),
+    "GB beyond the head's gradient in fp32",
+    "of the memory of",
     "host syncs",
 )
 AT_MOST = (FLOOR, MEMORY, MEMORY_SHARE, SYNCS)

@@ -36,6 +36,7 @@ class Provider(NamedTuple):
     workloads: Sequence[str]
     load: Callable[[], Loss]  # ImportError: the provider is missing
     grid: Sequence[Mapping[str, Any]] = ({},)
+    gpu_grid: Sequence[Mapping[str, Any]] = ()  # more rows, for GPUs
     cuda_only: bool = False
 
 
@@ -186,20 +187,16 @@ PROVIDERS = (
     Provider(EAGER, (LOGITS,), lambda: eager_logits, BOTH_DTYPES[:1]),
     Provider(EAGER_FP32, (HEAD, EVALUATION), lambda: eager_head, BOTH_DTYPES[1:]),
     Provider(EAGER_FP32, (LOGITS,), lambda: eager_logits, BOTH_DTYPES[1:]),
-    Provider(COMPILED, (HEAD,), compiled(eager_head), (*BOTH_DTYPES, {FP32_LOGITS: False, "auto_chunker": True})),
+    Provider(COMPILED, (HEAD,), compiled(eager_head), BOTH_DTYPES, ({FP32_LOGITS: False, "auto_chunker": True},)),
     Provider(COMPILED, (EVALUATION,), compiled(eager_head), BOTH_DTYPES),
     Provider(COMPILED, (LOGITS,), compiled(eager_logits), BOTH_DTYPES),
     Provider(
         TORCH_LINEAR,
         (HEAD, EVALUATION),
         torch_linear,
-        (
-            {"chunked": False},
-            {},
-            {"chunking_method": "aspect_ratio"},
-            {"batch_chunk_size": 4096},
-            {"batch_chunk_size": 4096, "acc_policy": "balanced"},
-        ),
+        ({"chunked": False}, {"batch_chunk_size": 256}, {"batch_chunk_size": 4096}),
+        # the rules of thumb make chunks of N D / V rows: of one or two at a CPU's sizes, ten times slower than no chunks
+        gpu_grid=({}, {"chunking_method": "aspect_ratio"}, {"batch_chunk_size": 4096, "acc_policy": "balanced"}),
     ),
     Provider(LIGER, (LOGITS,), liger_logits, cuda_only=True),
     Provider(
@@ -242,12 +239,12 @@ PROVIDERS = (
 )
 
 
-def options_of(provider: Provider, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The rows of the grid that differ from each other for inputs of a dtype."""
-    wide = dtype == torch.float32
-    return [dict(row) for row in provider.grid if not (wide and row.get(FP32_LOGITS))]
+def options_of(provider: Provider, like: Tensor) -> list[dict[str, Any]]:
+    """The rows of the grid for the device of a tensor that differ from each other for its dtype."""
+    rows = [*provider.grid, *(provider.gpu_grid if like.is_cuda else ())]
+    return [dict(row) for row in rows if not (like.dtype == torch.float32 and row.get(FP32_LOGITS))]
 
 
-def providers_of(workload: str, dtype: torch.dtype) -> list[Provider]:
+def providers_of(workload: str, like: Tensor) -> list[Provider]:
     """Who takes part, those that need a GPU among them: they are listed with that reason where there is none."""
-    return [row for row in PROVIDERS if workload in row.workloads and options_of(row, dtype)]
+    return [row for row in PROVIDERS if workload in row.workloads and options_of(row, like)]

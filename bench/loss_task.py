@@ -143,7 +143,7 @@ def entrant(task: Task, provider: Provider) -> tuple[Contestant | None, dict[str
     wrong: dict[str, Contestant] = {}
     told: dict[str, Any] = {}
     errors: dict[str, dict[str, float]] = {}
-    for option in options_of(provider, task.pool.head.dtype):
+    for option in options_of(provider, task.pool.head):
         name = option_name(option)
         contestant = task.contestant(loss, option)
         try:
@@ -244,7 +244,7 @@ def measured_task(task: Task, *, seconds: float, left_out: set[str]) -> dict[str
     head, draw = task.pool.head, task.draws[0]
     rows: dict[str, dict[str, Any]] = {}
     contestants, forms = floor_contestants(task)
-    for provider in providers_of(task.workload, head.dtype):
+    for provider in providers_of(task.workload, head):
         if provider.name in left_out:
             rows[provider.name] = {"status": "missing", "reason": "left out on request"}
             continue
@@ -266,7 +266,7 @@ def measured_task(task: Task, *, seconds: float, left_out: set[str]) -> dict[str
         "loss": task.expected.loss,
         "entropy": task.pool.entropy,
         "top_probability": task.pool.top_probability,
-        "head_gradient_bytes": head.numel() * head.element_size(),
+        "head_gradient_bytes": 4 * head.numel(),  # in fp32, in which it is to be added up
         "tolerances": TOLERANCES[head.dtype],
         "floor": floor_of(task, times, forms),
         "providers": rows,
