@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sft.batches import bucket
 from sft.chatml import NOT_TRAINED
 from sft.kernels.reference import masked_cross_entropy, masked_linear_cross_entropy
 
@@ -28,7 +29,6 @@ BACKGROUND = 2.0  # standard deviation of the logits of everything that is no ca
 MARGIN, MARGIN_SPREAD = 4.0, 2.0
 DISTANCE = 1.2
 ROWS_AT_ONCE = 1024  # of logits in fp32: 0.6 GB with Qwen3's vocabulary
-ROW_BUCKET = 128  # our row index is padded to a multiple, as a batch's is
 
 
 class Draw(NamedTuple):
@@ -36,8 +36,8 @@ class Draw(NamedTuple):
 
     hidden: Tensor  # (N, D)
     labels: Tensor  # (N,) int64, -100 where not trained
-    rows: Tensor  # (n, padded to a bucket) int64: the trained tokens
-    row_labels: Tensor  # the same length: their labels, -100 in the padding
+    rows: Tensor  # (n, on a GPU filled up to a bucket as in a batch) int64: the trained tokens
+    row_labels: Tensor  # the same length: their labels, -100 in the filling
     trained: int
 
 
@@ -105,9 +105,9 @@ def draws_of(pool: Pool, share: float) -> list[Draw]:
         rows = places.to(labels.device)
         masked = torch.full_like(labels, NOT_TRAINED)
         masked[rows] = labels[rows]
-        padding = (0, -trained % ROW_BUCKET)
-        row_labels = F.pad(labels[rows], padding, value=NOT_TRAINED)
-        draws.append(Draw(hidden, masked, F.pad(rows, padding), row_labels, trained))
+        filling = (0, bucket(trained) - trained if labels.is_cuda else 0)
+        row_labels = F.pad(labels[rows], filling, value=NOT_TRAINED)
+        draws.append(Draw(hidden, masked, F.pad(rows, filling), row_labels, trained))
     return draws
 
 

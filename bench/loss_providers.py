@@ -195,7 +195,7 @@ PROVIDERS = (
         (HEAD, EVALUATION),
         torch_linear,
         ({"chunked": False}, {"batch_chunk_size": 256}, {"batch_chunk_size": 4096}),
-        # the rules of thumb make chunks of N D / V rows: of one or two at a CPU's sizes, ten times slower than no chunks
+        # the rules of thumb make chunks of N D / V rows: one or two at a CPU's sizes, ten times slower than no chunks
         gpu_grid=({}, {"chunking_method": "aspect_ratio"}, {"batch_chunk_size": 4096, "acc_policy": "balanced"}),
     ),
     Provider(LIGER, (LOGITS,), liger_logits, cuda_only=True),
