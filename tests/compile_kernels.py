@@ -1,6 +1,7 @@
 """Compiles every configuration of the kernels for Hopper without a GPU; prints JSON: registers, spills, shared memory.
 
-Run as a program of its own, without TRITON_INTERPRET: python -m tests.compile_kernels [configuration ...]
+A program of its own, to be run without TRITON_INTERPRET: python -m tests.compile_kernels [--all]
+Without --all: what training uses by default.
 """
 
 from __future__ import annotations
@@ -103,11 +104,13 @@ def scale(dtype: str, **ones: int) -> Any:
     return compiled(scale_kernel, types, {"BLOCK": SCALE_BLOCK, **ones}, divisible, num_warps=SCALE_WARPS)
 
 
-def main(chosen: list[int]) -> None:
+def main(everything: bool) -> None:
+    configurations = CONFIGURATIONS if everything else CONFIGURATIONS[:1]
+    variants = VARIANTS if everything else {"training": Variant()}
     table = {
-        f"{index} {name}": resources(cross_entropy(CONFIGURATIONS[index], variant))
-        for index in chosen or range(len(CONFIGURATIONS))
-        for name, variant in VARIANTS.items()
+        f"{index} {name}": resources(cross_entropy(configuration, variant))
+        for index, configuration in enumerate(configurations)
+        for name, variant in variants.items()
     }
     table["one column"] = resources(cross_entropy(CONFIGURATIONS[0], ONE_COLUMN))
     table["scale rows"] = resources(scale("bf16"))
@@ -117,4 +120,4 @@ def main(chosen: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(index) for index in sys.argv[1:]])
+    main(everything="--all" in sys.argv)

@@ -268,7 +268,7 @@ def scale_kernel(
         blocks = tl.full((), per_row, tl.int64) * rows
         cells = tl.arange(0, BLOCK)
         for block in range(tl.program_id(0).to(tl.int64), blocks, tl.num_programs(0)):
-            row = block // per_row
+            row = (block // per_row).to(tl.int64)
             column = (block - row * per_row) * BLOCK + cells
             place = tensor + row * stride + column
             x = tl.load(place, mask=column < columns, eviction_policy="evict_first").to(tl.float32)

@@ -26,6 +26,7 @@ a label outside the vocabulary other than -100, and nothing outside the row is r
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +89,7 @@ def masked_cross_entropy(
     CONFIGURATIONS, for benchmarks.
     """
     _check(logits, labels, weights)
+    assert 0 < grad_scale < math.inf
     if torch.is_grad_enabled() and logits.requires_grad:
         outputs = _CrossEntropy.apply(logits, labels, weights, grad_scale, details, overwrite, configuration)
     else:
