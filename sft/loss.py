@@ -63,6 +63,8 @@ def choose_loss(choice: LossKernel, *, device: torch.device, dtype: torch.dtype)
     """
     if choice in ("torch", "reference"):
         return Loss(choice, f"loss_kernel={choice}")
+    if choice == "auto" and device.type != "cuda":
+        return Loss("torch", "this is the CPU")
     problem = triton_problem(device, dtype)
     if problem is None:
         return Loss("triton", "it compiles here" if choice == "auto" else "loss_kernel=triton")
@@ -76,11 +78,10 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     name = str(dtype).removeprefix("torch.")
     if dtype not in TRITON_DTYPES:
         return f"Triton has no kernel for {name}"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton needs a GPU, and this is the CPU"
     if device.type != "cuda" and dtype == torch.bfloat16:
-        return "Triton's interpreter has no right bfloat16"
+        return "Triton's interpreter does not round to bfloat16"
     try:
         return _trial(device, dtype)
     except Exception as error:  # whatever a compiler, a driver or a missing library raises

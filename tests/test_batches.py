@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sft.batches import Document, TrainLoader, dropout_seed, make_batch
+from sft.batches import Document, TrainLoader, bucket, dropout_seed, make_batch
 from sft.chatml import NOT_TRAINED
 from sft.packing import RowStream
 from tests.spread_worker import samples_of
@@ -99,3 +99,25 @@ def test_the_rows_of_a_step_follow_those_seen_whatever_the_step_is_called():
     whole = [batch.input_ids.tolist() for batch in big.step(1, rows_seen=6).batches]
     halves = [batch.input_ids.tolist() for seen in (6, 9) for batch in small.step(9, rows_seen=seen).batches]
     assert whole == halves
+
+
+def test_buckets_hold_every_count_waste_little_and_are_few():
+    sizes = {bucket(count) for count in range(32769)}
+    for count in (0, 1, 127, 128, 129, 4096, 5000, 16384, 16385, 32768):
+        assert count <= bucket(count) <= max(count + 128, count * 33 / 32)
+        assert bucket(bucket(count)) == bucket(count)
+    assert bucket(0) == 128
+    assert len(sizes) <= 130
+
+
+def test_on_a_gpu_a_batch_is_filled_up_to_a_bucket(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
+    documents = random_documents([5, 7], weighted=True)
+    plain, filled = batch_of(*documents), batch_of(*documents, device="cuda")
+    n = plain.trained_tokens
+    assert filled.trained_tokens == n > 0
+    for name, fill in (("trained", 0), ("targets", NOT_TRAINED), ("weights", 0)):
+        tensor = getattr(filled, name)
+        assert torch.equal(tensor[:n], getattr(plain, name))
+        assert tensor[n:].tolist() == [fill] * (128 - n)

@@ -1,6 +1,7 @@
 """The fused head against the definition: values, gradients, cost, and the company that it keeps."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,14 +11,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from sft.kernels import linear_cross_entropy, reference
+from sft.kernels import linear_cross_entropy, products, reference
 from sft.kernels.linear_cross_entropy import Job, chunk_rows, compute, masked_linear_cross_entropy
 from tests.conftest import ROOT
 from tests.launch import torchrun
 
 CHUNK = 7  # rows, in tests that need several chunks
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.fixture
@@ -138,7 +137,7 @@ def test_hidden_states_and_head_may_be_strided():
     assert_equals_the_definition((*strided, *others), rtol=1e-13, atol=1e-13)
 
 
-def test_a_gradient_that_was_foretold_is_not_touched_again():
+def test_any_upstream_gradient_gives_the_same_whatever_was_foretold():
     hidden, head, labels, weights, rows = problem(dtype=torch.float32)
     expected = results(masked_linear_cross_entropy, hidden, head, labels, weights, rows, upstream=0.7)
     third = 1 / 3 + 1e-9  # not a float32
@@ -150,37 +149,32 @@ def test_a_gradient_that_was_foretold_is_not_touched_again():
             torch.testing.assert_close(mine, right * (upstream / 0.7))
 
 
-def test_the_foretold_factor_leaves_the_version_of_the_gradient_alone():
+def test_a_gradient_that_was_foretold_is_not_touched_again():
     gradient = torch.ones(3)
-    linear_cross_entropy.scale_gradient_(gradient, torch.tensor(1 / 3) * 1.0, 1 / 3, False)
-    assert torch.equal(gradient, torch.ones(3))
+    version = gradient._version
+    linear_cross_entropy.scale_gradient_._init_fn(gradient, torch.tensor(1.0) * (1 / 3), 1 / 3, False)
+    assert gradient._version == version
     linear_cross_entropy.scale_gradient_(gradient, torch.tensor(1.0), 0.5, False)
     assert torch.equal(gradient, torch.full((3,), 2.0))
 
 
 @pytest.mark.parametrize(
-    ("needs", "products"), [((True, True), 6), ((True, False), 4), ((False, True), 4), ((False, False), 2)]
+    ("needs", "count"), [((True, True), 6), ((True, False), 4), ((False, True), 4), ((False, False), 2)]
 )
 @pytest.mark.usefixtures("small_chunks")
-def test_only_the_gradients_that_are_needed_cost_anything(needs, products):
+def test_only_the_gradients_that_are_needed_cost_anything(needs, count, monkeypatch):
     hidden, head, labels, weights, rows = problem(masked=0.0)
     job = Job(1.0, *needs, False, hidden.dtype, False)
     with FlopCounterMode(display=False) as counter:
         compute(job, hidden, head, labels=labels, weights=weights, rows=rows)
-    assert counter.get_total_flops() == products * 20 * 16 * 257
+    assert counter.get_total_flops() == count * 20 * 16 * 257
     hidden.requires_grad_(needs[0])
     head.requires_grad_(needs[1])
     seen = []
-    original, linear_cross_entropy.compute = (
-        linear_cross_entropy.compute,
-        lambda job, *a, **k: seen.append(job) or compute(job, *a, **k),
-    )
-    try:
-        loss = masked_linear_cross_entropy(hidden, head, labels, weights, rows=rows).loss_sum
-        with torch.no_grad():
-            masked_linear_cross_entropy(hidden, head, labels, weights, rows=rows)
-    finally:
-        linear_cross_entropy.compute = original
+    monkeypatch.setattr(linear_cross_entropy, "compute", lambda job, *a, **k: seen.append(job) or compute(job, *a, **k))
+    loss = masked_linear_cross_entropy(hidden, head, labels, weights, rows=rows).loss_sum
+    with torch.no_grad():
+        masked_linear_cross_entropy(hidden, head, labels, weights, rows=rows)
     assert [job[1:3] for job in seen] == [needs, (False, False)]
     assert loss.requires_grad == any(needs)
 
@@ -360,3 +354,112 @@ def test_chunks_are_equal_and_keep_within_the_memory_allowed():
         assert chunks == 1 or size % 128 == 0
         assert chunks * size - count < 128 * chunks
     assert chunk_rows(0, torch.empty(0, 8), vocabulary=151_936, dtype=torch.float32) == 1
+
+
+def on_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")(test))
+
+
+def real_size(n, *, V=151_936, M=None, dtype=torch.bfloat16):
+    """hidden and head as leaves, labels and rows; D 2048, logits with a spread of about 2."""
+    torch.manual_seed(n)
+    M = M or n
+    hidden = torch.randn(M, 2048, device="cuda").to(dtype).requires_grad_()
+    head = torch.randn(V, 2048, device="cuda").mul_(0.05).to(dtype).requires_grad_()
+    return hidden, head, torch.randint(0, V, (n,), device="cuda"), torch.randperm(M, device="cuda")[:n]
+
+
+@on_gpu
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 127, 128, 129, 300])
+def test_small_sizes_equal_the_definition_on_a_gpu(n, triton, monkeypatch):
+    monkeypatch.setattr(linear_cross_entropy, "CUDA_BYTES", linear_cross_entropy.CUDA_WORKSPACE + 2**18)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    arguments = problem(n=n, dtype=torch.float32, device="cuda")
+    assert_equals_the_definition(arguments, rtol=1e-5, atol=1e-5, upstream=0.3, grad_scale=0.1, triton=triton)
+    hidden, head, labels, weights, _ = problem(M=n, n=n, dtype=torch.float32, device="cuda")
+    assert_equals_the_definition((hidden, head, labels, weights), rtol=1e-5, atol=1e-5, triton=triton)
+
+
+@on_gpu
+@pytest.mark.parametrize(("n", "V"), [(4992, 151_936), (1100, 151_669)])
+def test_bf16_at_full_size_equals_float64_to_its_rounding(n, V):
+    hidden, head, labels, rows = real_size(n, V=V, M=2 * n)
+    labels[::7] = -100
+    got = masked_linear_cross_entropy(hidden, head, labels, rows=rows, details=True, grad_scale=0.5)
+    (0.5 * got.loss_sum).backward()
+    exact = [each.detach().double().requires_grad_() for each in (hidden, head)]
+    loss_sum = 0.0
+    for part in range(0, n, 1024):
+        chosen = slice(part, part + 1024)
+        loss = reference.masked_linear_cross_entropy(*exact, labels[chosen], rows=rows[chosen]).loss_sum
+        (0.5 * loss).backward()
+        loss_sum += loss.item()
+    assert got.loss_sum.item() == pytest.approx(loss_sum, rel=1e-4)
+    assert got.count.item() == (labels != -100).sum().item()
+    for mine, right in zip((hidden.grad, head.grad), (exact[0].grad, exact[1].grad), strict=True):
+        assert (mine.double() - right).norm() <= 5e-3 * right.norm()
+
+
+@on_gpu
+def test_half_precision_is_added_in_the_products_epilogue():
+    assert products.half_precision_adds(torch.device("cuda", 0), torch.bfloat16) is products.add_in_epilogue
+    assert products.half_precision_adds(torch.device("cuda", 0), torch.float16) is products.add_in_epilogue
+
+
+@on_gpu
+def test_the_same_input_gives_the_same_bits_on_a_gpu():
+    hidden, head, labels, rows = real_size(8192, M=16384)
+    runs = []
+    for _ in range(2):
+        loss = masked_linear_cross_entropy(hidden, head, labels, rows=rows).loss_sum
+        runs.append((loss, *torch.autograd.grad(loss, (hidden, head))))
+    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+
+
+@on_gpu
+@pytest.mark.parametrize("n", [8192, 32768])
+def test_peak_memory_on_a_gpu_is_the_weight_gradient_and_little_more(n):
+    hidden, head, labels, rows = real_size(n)
+    masked_linear_cross_entropy(hidden[:128], head, labels[:128]).loss_sum.backward()
+    hidden.grad = head.grad = None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    masked_linear_cross_entropy(hidden, head, labels, rows=rows).loss_sum.backward()
+    in_fp32 = 4 * head.numel()  # as it is accumulated
+    assert torch.cuda.max_memory_allocated() - before <= 1.3e9 + in_fp32
+
+
+@on_gpu
+def test_the_host_never_waits_for_the_gpu():
+    hidden, head, labels, rows = real_size(1024)
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for needs_details in (False, True):
+                got = masked_linear_cross_entropy(
+                    hidden, head, labels, rows=rows, grad_scale=0.5, details=needs_details
+                )
+                (0.5 * got.loss_sum).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+SANITIZED = """
+import torch
+from tests.test_linear_cross_entropy import problem, results
+from sft.kernels.linear_cross_entropy import masked_linear_cross_entropy
+for V in (1, 257, 4099):
+    results(masked_linear_cross_entropy, *problem(V=V, dtype=torch.bfloat16, device="cuda"), triton=True)
+torch.cuda.synchronize()
+"""
+
+
+@on_gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+def test_compute_sanitizer_finds_nothing():
+    command = ["compute-sanitizer", "--error-exitcode=9", sys.executable, "-c", SANITIZED]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -1,10 +1,24 @@
+import json
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
+import train_sft
+from sft import loss as loss_module
 from sft.batches import make_batch
-from sft.kernels import reference
-from sft.step import SummedLoss
-from tests.tiny import random_documents, tiny_model
+from sft.errors import UserError
+from sft.kernels import linear_cross_entropy, reference
+from sft.loss import Loss, choose_loss
+from sft.step import SummedLoss, accumulate_gradients
+from tests.conftest import ROOT
+from tests.tiny import CPU_WORLD, random_documents, target_weight, tiny_model
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 LABELS = torch.tensor([0, 6, -100, 2, 2])
 
@@ -94,3 +108,100 @@ def test_the_head_runs_on_trained_tokens_only_and_equals_the_full_logits():
         labels = torch.from_numpy(document.labels)[1:]
         expected += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_the_kernel_is_chosen_for_the_device_and_the_dtype(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert choose_loss("auto", device=CPU, dtype=torch.float32) == Loss("torch", "this is the CPU")
+    assert choose_loss("reference", device=CPU, dtype=torch.float32).kernel == "reference"
+    assert choose_loss("torch", device=CUDA, dtype=torch.bfloat16).kernel == "torch"
+    assert choose_loss("auto", device=CUDA, dtype=torch.float64) == Loss("torch", "Triton has no kernel for float64")
+    for device, dtype, problem in ((CPU, torch.float32, "needs a GPU"), (CUDA, torch.float64, "no kernel for float64")):
+        with pytest.raises(UserError, match=f"loss_kernel=triton: .*{problem}.*; use loss_kernel=auto, or torch"):
+            choose_loss("triton", device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("trial", "reason"),
+    [
+        (lambda device, dtype: None, "it compiles here"),
+        (lambda device, dtype: "Triton gives wrong numbers here", "wrong numbers"),
+        (lambda device, dtype: 1 / 0, r"Triton does not work here \(ZeroDivisionError: division by zero\)"),
+    ],
+)
+def test_a_gpu_on_which_triton_fails_gets_the_next_best_and_the_reason(monkeypatch, trial, reason):
+    monkeypatch.setattr(loss_module, "_trial", trial)
+    chosen = choose_loss("auto", device=CUDA, dtype=torch.bfloat16)
+    assert chosen.kernel == ("triton" if "compiles" in reason else "torch")
+    assert re.search(reason, str(chosen))
+
+
+def test_the_step_foretells_its_upstream_gradient_to_the_bit(monkeypatch):
+    told = []
+    original = linear_cross_entropy.scale_gradient_
+
+    def noting(gradient, upstream, grad_scale, triton):
+        told.append((upstream.item(), torch.tensor(grad_scale, dtype=upstream.dtype).item()))
+        original(gradient, upstream, grad_scale, triton)
+
+    monkeypatch.setattr(linear_cross_entropy, "scale_gradient_", noting)
+    documents = random_documents([20, 7, 30], weighted=True)
+    batch = make_batch([documents], block_size=64, pad_id=0)
+    weight = target_weight(documents)
+    accumulate_gradients(SummedLoss(tiny_model()), [batch, batch], target_weight=weight, world=CPU_WORLD)
+    assert len(told) == 4
+    assert all(upstream == grad_scale != 1 for upstream, grad_scale in told)
+
+
+def losses_and_sentence(out_dir):
+    log = json.loads(next(out_dir.glob("run_*.json")).read_text())
+    records = [record["loss"] for record in log["training_iterations"]] + [log["eval_steps"][-1]["val_loss"]]
+    return records, log["startup_info"]["sentences"]["loss"]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 1e-4)])
+def test_the_reference_gives_the_same_trajectory_and_the_choice_is_told(arguments, tmp_path, capsys, dtype, bound):
+    """Over 20 steps, validation included; AdamW enlarges what fp32 rounds differently."""
+    told = {}
+    for kernel in ("auto", "reference"):
+        options = {"loss_kernel": kernel, "out_dir": tmp_path / kernel, "dtype": dtype}
+        train_sft.main(arguments(**options, max_iters=20, eval_interval=20))
+        told[kernel] = losses_and_sentence(tmp_path / kernel)
+        assert f"loss     {told[kernel][1]}" in capsys.readouterr().out
+    assert told["auto"][0] == pytest.approx(told["reference"][0], rel=bound)
+    assert told["auto"][1] == "fused head, cross-entropy in PyTorch: this is the CPU"
+    assert told["reference"][1].endswith("(the definition): loss_kernel=reference")
+
+
+def test_a_kernel_that_cannot_run_here_is_refused_before_the_run_is_begun(arguments, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="loss_kernel=triton: Triton needs a GPU, and this is the CPU; use"):
+        train_sft.main(arguments(loss_kernel="triton"))
+    assert not list((tmp_path / "out").glob("run_*.json"))
+
+
+def test_interpreted_triton_gives_the_same_trajectory(arguments, tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    told = {}
+    for kernel in ("triton", "reference"):
+        options = arguments(loss_kernel=kernel, out_dir=tmp_path / kernel, max_iters=3, eval_interval=3)
+        command = [sys.executable, ROOT / "train_sft.py", *options]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        told[kernel] = losses_and_sentence(tmp_path / kernel)
+    assert told["triton"][0] == pytest.approx(told["reference"][0], rel=1e-5)
+    assert told["triton"][1] == "fused head, cross-entropy in Triton: loss_kernel=triton"
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_fifty_steps_in_bf16_follow_the_definition_on_a_gpu(arguments, tmp_path):
+    """To 1 % of the loss: what a rounding of bf16 changes early grows with the steps."""
+    told = {}
+    for kernel in ("auto", "torch", "reference"):
+        options = {"loss_kernel": kernel, "out_dir": tmp_path / kernel, "device": "cuda", "max_iters": 50}
+        train_sft.main(arguments(**options, eval_interval=50, compile=False, learning_rate=1e-3))
+        told[kernel] = losses_and_sentence(tmp_path / kernel)
+    assert told["auto"][1] == "fused head, cross-entropy in Triton: it compiles here"
+    for kernel in ("auto", "torch"):
+        assert told[kernel][0] == pytest.approx(told["reference"][0], rel=1e-2)
