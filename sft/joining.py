@@ -84,7 +84,9 @@ class Joining:
         self.ledger.enter_records(rendered.source, rendered.read, rendered.bad)
         if not len(rendered.records):
             return
-        is_leaked = np.array([(rendered.source, record) in self.leaked for record in rendered.records.tolist()])
+        is_leaked = np.zeros(len(rendered.records), bool)
+        if self.leaked:
+            is_leaked[:] = [(rendered.source, record) in self.leaked for record in rendered.records.tolist()]
         is_repeated = np.zeros(len(is_leaked), bool)
         is_repeated[~is_leaked] = ~self.seen.add(rendered.digests[~is_leaked])
         fate = rendered.fate.astype(np.int64)
@@ -124,7 +126,7 @@ class Joining:
         wanted[: len(chosen)] = chosen
         conversation = rendered.conversation[wanted]
         source = np.full(len(conversation), rendered.source)
-        tokens = np.repeat(wanted, lengths)
+        tokens = slice(None) if wanted[lengths > 0].all() else np.repeat(wanted, lengths)
         labels = rendered.labels[tokens]
         weights = None if rendered.weights is None else rendered.weights[tokens]
         if weights is not None and (weights == (labels != NOT_TRAINED)).all():

@@ -14,8 +14,9 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 
 import tokenizers
@@ -68,6 +69,7 @@ class Tokenizer:
         self.vocab_size = max(self.token_bytes, default=-1) + 1
         self.check()
         self.im_start, self.im_end, self.pad = (self.control[name] for name in (IM_START, IM_END, END_OF_TEXT))
+        self.fingerprint = fingerprint_of(self.token_bytes, set(self.control.values()))
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -111,15 +113,6 @@ class Tokenizer:
     def _control_spelling(self) -> re.Pattern[str]:
         return re.compile("|".join(map(re.escape, self.control)))
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 (hex) over (id, bytes, is control) in order of id: the same for every file of one vocabulary."""
-        control = set(self.control.values())
-        digest = hashlib.sha256()
-        for i, token in sorted(self.token_bytes.items()):
-            digest.update(struct.pack("<IIB", i, len(token), i in control) + token)
-        return digest.hexdigest()
-
     def copy_to(self, folder: str | Path) -> list[str]:
         """Copy the files into the folder, where load_tokenizer(folder) finds this tokenizer; their names."""
         for name, file in self.files.items():
@@ -127,6 +120,13 @@ class Tokenizer:
             if not (target.exists() and target.samefile(file)):
                 copy_whole(file, target)
         return list(self.files)
+
+
+def fingerprint_of(token_bytes: Mapping[int, bytes], control: Set[int]) -> str:
+    """sha256 (hex) over (id, bytes, is control) in order of id: the same for every file of one vocabulary."""
+    pack = struct.Struct("<IIB").pack
+    tokens = sorted(token_bytes.items(), key=itemgetter(0))
+    return hashlib.sha256(b"".join([pack(i, len(token), i in control) + token for i, token in tokens])).hexdigest()
 
 
 def copy_whole(file: Path, target: Path) -> None:
