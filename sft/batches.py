@@ -80,12 +80,10 @@ def make_batch(
         positions[row, start:] = np.arange(block_size - start)
         document_ids[row, start:] = len(documents)
     trained = np.flatnonzero(targets != NOT_TRAINED)
-    on_cuda = torch.device(device).type == "cuda"
-    filling = (bucket(len(trained)) if on_cuda else len(trained)) - len(trained)
+    filling = bucket(len(trained)) - len(trained) if torch.device(device).type == "cuda" else 0
 
     def place(array: NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(device, non_blocking=True) if on_cuda else tensor.to(device)
+        return on_device(torch.from_numpy(array), device)
 
     def place_trained(array: NDArray[np.generic], fill: int) -> Tensor:
         return place(np.pad(array, (0, filling), constant_values=fill))
@@ -102,6 +100,13 @@ def make_batch(
         attended_pairs=attended_pairs,
         dropout_seed=dropout_seed,
     )
+
+
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on its way to the device; nothing waits for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def bucket(count: int) -> int:
