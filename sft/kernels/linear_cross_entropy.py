@@ -27,6 +27,7 @@ CUDA_WORKSPACE = 2 * 2**25  # of it what cuBLAS and cuBLASLt keep, 32 MiB each o
 CUDA_ROWS = 128  # chunks are a multiple of a GEMM's tile
 CPU_CHUNK = 2**25  # logits in a chunk
 CPU_BLOCK = 2**19  # logits at once in the cross-entropy, which stay in a cache
+CUDA_BLOCK = 2**25  # the same on CUDA without Triton: 128 MiB in fp32
 ALIGNED = 64  # logits; so that each of a chunk's rows begins at an aligned address, whatever the vocabulary
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -234,7 +235,7 @@ def cross_entropy_(job: Job, logits: Tensor, labels: Tensor, weights: Tensor | N
         return masked_cross_entropy.cross_entropy_(
             logits, labels, weights, job.grad_scale, gradient=gradient, details=job.details
         )
-    rows = len(labels) if logits.is_cuda else max(torch.get_num_threads(), CPU_BLOCK // logits.shape[1])
+    rows = max(torch.get_num_threads(), (CUDA_BLOCK if logits.is_cuda else CPU_BLOCK) // logits.shape[1])
     factors = labels.ne(NOT_TRAINED).to(accumulation_dtype(job.dtype)).mul_(job.grad_scale)
     if weights is not None:
         factors = torch.where(factors != 0, factors * weights, 0.0)
