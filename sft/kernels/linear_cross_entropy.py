@@ -153,6 +153,7 @@ def compute(
         weights = None if weights is None else weights[entries]
     chosen = labels if entries is None else labels[entries]
     grad_hidden, grad_head, told = compute_chunks(job, hidden, head_weight, labels=chosen, weights=weights, rows=rows)
+    grad_head = grad_head.to(head_weight.dtype)  # after the chunk's memory has been given back
     losses, entropy, is_correct = told
     loss_sum = (losses if weights is None else losses * weights.to(losses.dtype)).sum()
     count = (chosen != NOT_TRAINED).sum()
@@ -169,7 +170,7 @@ def compute(
 def compute_chunks(
     job: Job, hidden: Tensor, head_weight: Tensor, *, labels: Tensor, weights: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, TokenResults]:
-    """The gradient by hidden, that by head_weight, and the results by token, over chunks of rows."""
+    """The gradient by hidden, that by head_weight in the dtype of its sum, and the results by token."""
     N, (V, _) = len(labels), head_weight.shape
     wide = accumulation_dtype(job.dtype)
     size = chunk_rows(N, hidden, vocabulary=V, dtype=job.dtype)
@@ -196,10 +197,9 @@ def compute_chunks(
                 grad_hidden.index_add_(0, rows[part], gradient)
         if job.head_gradient:
             add_product(grad_head, z, h, first=start == 0)
-    del logits
     if N == 0:
         grad_head.zero_()
-    return grad_hidden, grad_head.to(head_weight.dtype), joined(token_results, hidden, wide=wide)
+    return grad_hidden, grad_head, joined(token_results, hidden, wide=wide)
 
 
 def joined(parts: list[TokenResults], like: Tensor, *, wide: torch.dtype) -> TokenResults:
