@@ -234,10 +234,12 @@ def _write_gradient(
     full = inner // (SLAB * UNROLL)
     for i in tl.range(HELD, full, num_stages=STAGES):
         first = (full - 1 - (i - HELD)) * UNROLL * SLAB
+        tiles = ()
+        for u in tl.static_range(UNROLL):  # all loads before the first store, behind which they would have to wait
+            tiles += (tl.load(body + first + u * SLAB + cells, eviction_policy="evict_first"),)
         for u in tl.static_range(UNROLL):
-            cell = first + u * SLAB + cells
-            x = tl.load(body + cell, eviction_policy="evict_first")
-            tl.store(gradient_body + cell, _gradient(x, base, scale), eviction_policy="evict_first")
+            g = _gradient(tiles[u], base, scale)
+            tl.store(gradient_body + first + u * SLAB + cells, g, eviction_policy="evict_first")
     for u in tl.static_range(HELD * UNROLL):
         g = _gradient(held[u], base, scale)
         tl.store(gradient_body + u * SLAB + cells, g, eviction_policy="evict_first")
