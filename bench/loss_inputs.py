@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sft.batches import bucket
-from sft.chatml import NOT_TRAINED
 from sft.kernels.reference import masked_cross_entropy, masked_linear_cross_entropy
+from sft.samples import NOT_TRAINED
 
 CANDIDATES = 8
 BACKGROUND = 2.0  # standard deviation of the logits of everything that is no candidate

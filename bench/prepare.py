@@ -43,9 +43,9 @@ import tiktoken
 
 from bench.packing import processor
 from sft.byte_pair import QWEN3_PATTERN
-from sft.chatml import NOT_TRAINED
 from sft.config import load_settings
 from sft.errors import UserError, run_program
+from sft.samples import NOT_TRAINED
 from sft.tokenizer import IM_END, Tokenizer, load_tokenizer
 
 PREPARE = Path(__file__).resolve().parent.parent / "prepare_sft.py"

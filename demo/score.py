@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from demo.world import KINDS, Exchange, Kind
 from model_builder import ConfigurableGPT
-from sft.chatml import NOT_TRAINED, prompt_ids, render
+from sft.chatml import prompt_ids, render
 from sft.conversation import Conversation, Message
 from sft.generate import Generation, generate
+from sft.samples import NOT_TRAINED
 from sft.tokenizer import Tokenizer
 
 LONGEST_ANSWER = 32  # tokens; the longest right one has 11

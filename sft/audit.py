@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.arrays import ArrayReader, file_name
-from sft.chatml import NOT_TRAINED, message_weights
+from sft.chatml import message_weights
 from sft.conversation import BadRecord, Conversation
 from sft.preparation import Chunk, Recipe
+from sft.samples import NOT_TRAINED
 from sft.templates import (
     ASSISTANT,
     HEADER,

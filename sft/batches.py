@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sft.arrays import Samples
 from sft.attention import Documents
-from sft.chatml import NOT_TRAINED
 from sft.packing import Row, RowStream
+from sft.samples import NOT_TRAINED
 
 
 class Document(NamedTuple):

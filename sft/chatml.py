@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from sft.conversation import Conversation, Message
 from sft.samples import MASKED, REPEATED, TRAINED, Sample, Samples, text_piece
-from sft.samples import NOT_TRAINED  # noqa: F401
 from sft.templates import (
     ASSISTANT,
     Block,

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import numpy as np
 
 from sft.arrays import SPLITS
-from sft.chatml import NOT_TRAINED
 from sft.duplicates import Seen
 from sft.errors import UserError, listed
 from sft.preparation import Bad, Recipe, Rendered
 from sft.prepared_writer import PreparedWriter
+from sft.samples import NOT_TRAINED
 from sft.tally import DUPLICATE, IN_TRAINING, Ledger
 
 BadRecordsChoice = Literal["error", "skip"]

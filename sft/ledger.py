@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sft.arrays import AGAIN, SPLITS, Samples
-from sft.chatml import NOT_TRAINED
+from sft.samples import NOT_TRAINED
 
 DROPPED = ("too_long", "no_trained_token", "duplicate", "in_training")  # what becomes of a conversation, if not "kept"
 MASKED = ("system", "user", "assistant", "tool", "text")

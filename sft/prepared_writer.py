@@ -27,8 +27,8 @@ from sft.arrays import (
     row_shape,
     sha256_of,
 )
-from sft.chatml import NOT_TRAINED
 from sft.errors import UserError
+from sft.samples import NOT_TRAINED
 
 
 class GrowingArray:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sft.arrays import AGAIN, SPLITS, PreparedData
-from sft.chatml import NOT_TRAINED
 from sft.errors import UserError
 from sft.sample_view import Piece, on_one_line, pieces
+from sft.samples import NOT_TRAINED
 from sft.tokenizer import Tokenizer
 
 Place = tuple[str, int]  # a split and the 0-based index of a sample in it

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from sft.chatml import NOT_TRAINED
+from sft.samples import NOT_TRAINED
 from sft.tokenizer import Tokenizer
 
 # Controls, halves of pairs (which stand for bytes that are no character), what turns the direction of writing around,

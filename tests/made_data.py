@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from sft.chatml import NOT_TRAINED
 from sft.prepared_writer import PreparedWriter
+from sft.samples import NOT_TRAINED
 from sft.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny_tokenizer import save_tiny_tokenizer
 

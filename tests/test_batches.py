@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from sft.batches import Document, TrainLoader, bucket, dropout_seed, make_batch
-from sft.chatml import NOT_TRAINED
 from sft.packing import RowStream
+from sft.samples import NOT_TRAINED
 from tests.spread_worker import samples_of
 from tests.tiny import random_documents
 

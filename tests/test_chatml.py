@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sft import chatml
-from sft.chatml import NOT_TRAINED, prompt_ids, render
+from sft.chatml import prompt_ids, render
 from sft.conversation import Conversation, Message, ToolCall
 from sft.records import ReadOptions, read_record
-from sft.samples import KINDS, cut, split_text
+from sft.samples import KINDS, NOT_TRAINED, cut, split_text
 from sft.sources import RawRecord
 from sft.templates import blocks_of, blocks_of_turn, text_of_blocks
 from sft.tokenizer import load_tokenizer

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sft.chatml import NOT_TRAINED
 from sft.data_summary import bar_edges
 from sft.errors import UserError
+from sft.samples import NOT_TRAINED
 from tests.conftest import ROOT
 from tests.made_data import HOSTILE, MadeData
 from tools import inspect_data

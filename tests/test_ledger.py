@@ -6,7 +6,7 @@ import pytest
 
 from sft import ledger
 from sft.arrays import Samples
-from sft.chatml import NOT_TRAINED
+from sft.samples import NOT_TRAINED
 
 
 def split_of(labels, sources):

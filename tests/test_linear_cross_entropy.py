@@ -36,7 +36,7 @@ def problem(*, M=50, n=20, D=16, V=257, dtype=torch.float64, masked=0.3, device=
     return hidden.to(device, dtype), head.to(device, dtype), *(x.to(device) for x in (labels, weights, rows))
 
 
-def results(function, hidden, head, labels, weights=None, rows=None, *, upstream=1.0, **options):  # noqa: PLR0917
+def results(function, hidden, head, labels, weights=None, rows=None, *, upstream=1.0, **options):
     """Everything that comes out, and both gradients."""
     hidden, head = hidden.detach().requires_grad_(), head.detach().requires_grad_()
     got = function(hidden, head, labels, weights, rows=rows, details=True, **options)

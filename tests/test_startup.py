@@ -10,9 +10,9 @@ import torch
 import train_sft
 from model_builder import load_pretrained
 from sft.arrays import PreparedData, open_prepared
-from sft.chatml import NOT_TRAINED
 from sft.errors import UserError
 from sft.packing import RowStream
+from sft.samples import NOT_TRAINED
 from sft.startup import open_training_data
 from tests.test_train import losses, run_log
 

@@ -8,7 +8,7 @@ import torch
 from model_builder import ConfigurableGPT
 from model_config import ModelArchitectureConfig
 from sft.batches import Document
-from sft.chatml import NOT_TRAINED
+from sft.samples import NOT_TRAINED
 from sft.world import World
 
 CPU_WORLD = World(rank=0, size=1, device=torch.device("cpu"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sft.chatml import NOT_TRAINED
+from sft.samples import NOT_TRAINED
 
 IGNORED = tl.constexpr(NOT_TRAINED)
 LOG2E = tl.constexpr(1.4426950408889634)

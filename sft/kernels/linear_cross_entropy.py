@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sft.chatml import NOT_TRAINED
 from sft.kernels.products import accumulation_dtype, add_product, product
 from sft.kernels.reference import CrossEntropy
+from sft.samples import NOT_TRAINED
 
 CUDA_BYTES = 1_300_000_000  # at most so much extra, beside the weight gradient and a head that autocast converts
 CUDA_WORKSPACE = 2 * 2**25  # of it what cuBLAS and cuBLASLt keep, 32 MiB each on Hopper
@@ -84,7 +84,7 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 @torch.library.custom_op("sft::masked_linear_cross_entropy", mutates_args=())
-def fused_head(  # noqa: PLR0917
+def fused_head(
     hidden: Tensor,
     head_weight: Tensor,
     labels: Tensor,
@@ -116,7 +116,7 @@ class Job(NamedTuple):
 
 
 @fused_head.register_fake
-def _(  # noqa: PLR0917
+def _(
     hidden: Tensor,
     head_weight: Tensor,
     labels: Tensor,

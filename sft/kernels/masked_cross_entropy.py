@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sft.chatml import NOT_TRAINED
 from sft.kernels import cross_entropy_kernels
 from sft.kernels.reference import CrossEntropy
+from sft.samples import NOT_TRAINED
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNMENT: int = cross_entropy_kernels.ALIGNMENT.value

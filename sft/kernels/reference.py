@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sft.chatml import NOT_TRAINED
+from sft.samples import NOT_TRAINED
 
 
 class CrossEntropy(NamedTuple):
