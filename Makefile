@@ -22,8 +22,13 @@ demo: setup ## the whole pipeline on a small world, in minutes on a CPU
 test: setup ## the quick tests
 	$(PYTEST)
 
-test-slow: setup ## the slow tests
+test-slow: setup out/triton-3.6/installed ## the slow tests
 	$(PYTEST) -m 'slow and not gpu' || [ $$? -eq 5 ] # 5: no test is marked slow
+
+# The oldest Triton that the kernels are compiled with.
+out/triton-3.6/installed:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target=$(@D) triton==3.6.0
+	touch $@
 
 test-all: test test-slow ## the quick tests, then the slow ones
 

@@ -9,8 +9,8 @@ take turns, round by round; an option of theirs is the best of the grid in bench
 configuration. Values and gradients are compared with the definition, sft/kernels/reference.py in fp32, in the same run.
 
 The floor: the three bare products of a head over the n trained rows, plus 4 n V bytes (bf16 logits read once, their
-gradient written once) at the measured bandwidth of a copy; over logits, the bytes alone; for the loss alone, one
-product and the bytes read. It takes its turns with the others. Medians of the time between two events, and of
+gradient written once) at the measured bandwidth of a copy; over logits, the bytes alone, with the zeros written to the
+masked rows; for the loss alone, one product and the bytes read. It takes its turns with the others. Medians of the time between two events, and of
 wall-clock time from an idle GPU to an idle GPU.
 """
 

@@ -25,6 +25,7 @@ WORKLOADS = {
 }
 
 OURS, EAGER, EAGER_FP32, COMPILED = "ours", "eager", "eager, fp32 logits", "torch.compile"
+OURS_TUNED = "ours, tuned"  # the quickest of the kernel's configurations: whether the default is the right one
 TORCH_LINEAR, LIGER, CCE, TRL, QUACK = "F.linear_cross_entropy", "Liger-Kernel", "cut-cross-entropy", "TRL", "QuACK"
 FP32_LOGITS = "fp32_logits"
 
@@ -55,9 +56,11 @@ def ours_head() -> Loss:
 def ours_logits() -> Loss:
     from sft.kernels.masked_cross_entropy import masked_cross_entropy
 
-    def loss(logits: Tensor, draw: Draw) -> Tensor:
+    def loss(logits: Tensor, draw: Draw, **options: Any) -> Tensor:
         scale = 1 / draw.trained
-        return masked_cross_entropy(logits, draw.labels, overwrite=True, grad_scale=scale).loss_sum.mul(scale)
+        return masked_cross_entropy(logits, draw.labels, overwrite=True, grad_scale=scale, **options).loss_sum.mul(
+            scale
+        )
 
     return loss
 
@@ -183,6 +186,7 @@ BOTH_DTYPES = ({FP32_LOGITS: False}, {FP32_LOGITS: True})
 PROVIDERS = (
     Provider(OURS, (HEAD, EVALUATION), ours_head),
     Provider(OURS, (LOGITS,), ours_logits, cuda_only=True),
+    Provider(OURS_TUNED, (LOGITS,), ours_logits, [{"configuration": i} for i in range(10)], cuda_only=True),
     Provider(EAGER, (HEAD, EVALUATION), lambda: eager_head, BOTH_DTYPES[:1]),
     Provider(EAGER, (LOGITS,), lambda: eager_logits, BOTH_DTYPES[:1]),
     Provider(EAGER_FP32, (HEAD, EVALUATION), lambda: eager_head, BOTH_DTYPES[1:]),

@@ -227,8 +227,12 @@ def floor_of(task: Task, times: dict[str, Times], forms: dict[str, str]) -> dict
     medians = {name: summary(taken)["milliseconds"] for name, taken in times.items() if name.startswith(PRODUCT)}
     speed = task.copy.gigabytes_per_second(medians.pop(COPY))
     head = task.pool.head
+    draw = task.draws[0]
     passes = 1 if task.workload == EVALUATION else 2
-    size = passes * task.draws[0].trained * len(head) * head.element_size()
+    numbers = passes * draw.trained * len(head)
+    if task.workload == LOGITS:
+        numbers += (len(draw.labels) - draw.trained) * len(head)  # zeros
+    size = numbers * head.element_size()
     products = {name.removeprefix(PRODUCT): taken for name, taken in medians.items()}
     return {
         "milliseconds": math.fsum(products.values()) + size / speed / 1e6,

@@ -1,5 +1,6 @@
 """The benchmark of the loss: that it runs, calls wrong what is wrong, and judges its goals by what was measured."""
 
+import importlib
 import json
 import os
 import re
@@ -14,7 +15,18 @@ from bench.loss import LossBenchmark, main, resolved
 from bench.loss_goals import GOALS, goal_lines, judge
 from bench.loss_inputs import draws_of, expected_of, make_head, make_pool
 from bench.loss_measure import Contestant, Copy, Times, extra_bytes, host_syncs, take_turns
-from bench.loss_providers import EAGER, EVALUATION, HEAD, LOGITS, OURS, PROVIDERS, Provider, eager_head, eager_logits
+from bench.loss_providers import (
+    EAGER,
+    EVALUATION,
+    HEAD,
+    LOGITS,
+    OURS,
+    OURS_TUNED,
+    PROVIDERS,
+    Provider,
+    eager_head,
+    eager_logits,
+)
 from bench.loss_task import COPY, Task, entrant, floor_of
 from bench.plot_loss import main as plot
 from sft.errors import UserError
@@ -193,13 +205,23 @@ def test_everyone_takes_a_turn_in_each_round_and_who_fails_is_named():
     assert rounds[0] != rounds[1]
 
 
+def test_every_configuration_of_the_kernel_is_tried():
+    pytest.importorskip("triton")
+    importlib.import_module("tests.interpreted")
+    configurations = importlib.import_module("sft.kernels.masked_cross_entropy").CONFIGURATIONS
+    (tuned,) = (provider for provider in PROVIDERS if provider.name == OURS_TUNED)
+    assert [option["configuration"] for option in tuned.grid] == list(range(len(configurations)))
+
+
 @pytest.mark.parametrize(("workload", "bytes_a_number"), [(HEAD, 8), (LOGITS, 8), (EVALUATION, 4)])
 def test_the_floor_is_the_bare_products_and_the_bytes_at_the_speed_of_a_copy(workload, bytes_a_number):
     task = small_task(workload)
     times = {COPY: Times([2.0], [2.0]), "floor: logits": Times([0.5], [0.5]), "ours": Times([9.0], [9.0])}
     floor = floor_of(task, times, {"logits": "whole"})
     gigabytes_per_second = 2 * (1 << 16) / 2.0 / 1e6  # read and written in two milliseconds
-    size = bytes_a_number * task.draws[0].trained * VOCABULARY  # in fp32; half of it in bf16
+    trained, tokens = task.draws[0].trained, len(task.draws[0].labels)
+    size = bytes_a_number * trained * VOCABULARY  # in fp32; half of it in bf16
+    size += 4 * (tokens - trained) * VOCABULARY * (workload == LOGITS)  # zeros
     assert floor["bytes"] == size
     assert floor["gigabytes_per_second"] == pytest.approx(gigabytes_per_second)
     assert floor["milliseconds"] == pytest.approx(0.5 + size / gigabytes_per_second / 1e6)

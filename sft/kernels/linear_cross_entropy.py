@@ -25,8 +25,8 @@ from sft.samples import NOT_TRAINED
 CUDA_BYTES = 1_300_000_000  # at most so much extra, beside the weight gradient and a head that autocast converts
 CUDA_WORKSPACE = 2 * 2**25  # of it what cuBLAS and cuBLASLt keep, 32 MiB each on Hopper
 CUDA_ROWS = 128  # chunks are a multiple of a GEMM's tile
-CPU_CHUNK = 2**25  # logits in a chunk
-CPU_BLOCK = 2**19  # logits at once in the cross-entropy, which stay in a cache
+CPU_CHUNK = 40_000_000  # logits in a chunk: 256 rows of 151,936
+CPU_BLOCK = 2**20  # logits at once in the cross-entropy, which stay in a cache
 CUDA_BLOCK = 2**25  # the same on CUDA without Triton: 128 MiB in fp32
 ALIGNED = 64  # logits; so that each of a chunk's rows begins at an aligned address, whatever the vocabulary
 
@@ -175,7 +175,8 @@ def compute_chunks(
     wide = accumulation_dtype(job.dtype)
     size = chunk_rows(N, hidden, vocabulary=V, dtype=job.dtype)
     head = head_weight.to(job.dtype)
-    logits = head.new_empty(min(size, N), -(-V // ALIGNED) * ALIGNED)[:, :V]  # the one buffer, used by each chunk
+    stride = -(-V // ALIGNED) * ALIGNED if hidden.is_cuda else V
+    logits = head.new_empty(min(size, N), stride)[:, :V]  # the one buffer, used by each chunk
     grad_hidden = hidden.new_zeros(hidden.shape) if job.hidden_gradient else hidden.new_empty(0)
     grad_head = head_weight.new_empty(0)
     if job.head_gradient:
@@ -249,19 +250,18 @@ def cross_entropy_(job: Job, logits: Tensor, labels: Tensor, weights: Tensor | N
 def block_cross_entropy_(
     logits: Tensor, labels: Tensor, factors: Tensor, *, gradient: bool, details: bool
 ) -> TokenResults:
-    """The same for a few rows, in PyTorch; `factors` (n,) multiply the gradient."""
+    """The same for a few rows, in PyTorch, whose logits are used up; `factors` (n,) multiply the gradient."""
     trained = labels != NOT_TRAINED
     labels = torch.where(trained, labels, 0)
     is_correct = (logits.argmax(-1) == labels) & trained if details else None
-    log_p = torch.log_softmax(logits, dim=-1, dtype=factors.dtype)
-    losses = torch.where(trained, log_p.gather(1, labels[:, None])[:, 0].neg_(), 0.0)
-    if not gradient and not details:
-        return losses, None, None
-    p = torch.exp(log_p, out=logits if logits.dtype == log_p.dtype else log_p)
+    wide = logits.to(factors.dtype)
+    at_label, top = wide.gather(1, labels[:, None]), wide.amax(1, keepdim=True)
+    p = torch.softmax(wide, 1, out=wide)  # whose maximum is 1 / sum(exp(z - top)): no second pass of exponentials
+    losses = (top - p.amax(1, keepdim=True).log_() - at_label)[:, 0].where(trained, 0.0)
     entropy = torch.special.entr(p).sum(-1).where(trained, 0.0) if details else None
     if gradient:
         p.mul_(factors[:, None]).scatter_add_(1, labels[:, None], -factors[:, None])
-        if logits.is_cuda:  # elsewhere no row is masked
+        if p.is_cuda:  # masked rows are among these, and 0 times an infinity is none
             p.masked_fill_(~trained[:, None], 0.0)
         if p is not logits:
             logits.copy_(p)
