@@ -347,13 +347,13 @@ def test_chunks_are_equal_and_keep_within_the_memory_allowed():
             self.shape = (rows, 2048)
 
     for count in (1, 128, 3328, 4992, 8192, 16384, 32768):
-        size = chunk_rows(count, OnGpu(32768), vocabulary=151_936, dtype=torch.bfloat16)
+        size = chunk_rows(count, OnGpu(32768), vocabulary=151_936, dtype=torch.bfloat16, hidden_gradient=True)
         chunks = -(-count // size)
         extra = 32768 * 2048 * 2 + size * (152_000 * 2 + 2048 * 8) + 2**26
         assert extra <= 1.3e9
         assert chunks == 1 or size % 128 == 0
         assert chunks * size - count < 128 * chunks
-    assert chunk_rows(0, torch.empty(0, 8), vocabulary=151_936, dtype=torch.float32) == 1
+    assert chunk_rows(0, torch.empty(0, 8), vocabulary=151_936, dtype=torch.float32, hidden_gradient=True) == 1
 
 
 def on_gpu(test):

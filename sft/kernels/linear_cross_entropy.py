@@ -25,6 +25,7 @@ from sft.samples import NOT_TRAINED
 CUDA_BYTES = 1_300_000_000  # at most so much extra, beside the weight gradient and a head that autocast converts
 CUDA_WORKSPACE = 2 * 2**25  # of it what cuBLAS and cuBLASLt keep, 32 MiB each on Hopper
 CUDA_ROWS = 128  # chunks are a multiple of a GEMM's tile
+CUDA_LEAST_ROWS = 2048  # in a chunk: each passes over the weight gradient, whatever the hidden states' gradient leaves
 CPU_CHUNK = 40_000_000  # logits in a chunk: 256 rows of 151,936
 CPU_BLOCK = 2**20  # logits at once in the cross-entropy, which stay in a cache
 CUDA_BLOCK = 2**25  # the same on CUDA without Triton: 128 MiB in fp32
@@ -56,6 +57,7 @@ def masked_linear_cross_entropy(
     assert dtype != hidden.dtype or head_weight.dtype == dtype or torch.is_autocast_enabled(hidden.device.type)
     assert len(labels) == (len(hidden) if rows is None else len(rows)), "one label for each row"
     assert 0 < grad_scale < math.inf
+    assert weights is None or not weights.requires_grad, "the weights have no gradient; the reference gives one"
     if triton is None:
         triton = hidden.is_cuda and dtype != torch.float64
     differentiable = torch.is_grad_enabled()
@@ -173,7 +175,7 @@ def compute_chunks(
     """The gradient by hidden, that by head_weight in the dtype of its sum, and the results by token."""
     N, (V, _) = len(labels), head_weight.shape
     wide = accumulation_dtype(job.dtype)
-    size = chunk_rows(N, hidden, vocabulary=V, dtype=job.dtype)
+    size = chunk_rows(N, hidden, vocabulary=V, dtype=job.dtype, hidden_gradient=job.hidden_gradient)
     head = head_weight.to(job.dtype)
     stride = -(-V // ALIGNED) * ALIGNED if hidden.is_cuda else V
     logits = head.new_empty(min(size, N), stride)[:, :V]  # the one buffer, used by each chunk
@@ -196,6 +198,7 @@ def compute_chunks(
                 grad_hidden[part] = gradient
             else:
                 grad_hidden.index_add_(0, rows[part], gradient)
+            del gradient
         if job.head_gradient:
             add_product(grad_head, z, h, first=start == 0)
     if N == 0:
@@ -213,16 +216,17 @@ def joined(parts: list[TokenResults], like: Tensor, *, wide: torch.dtype) -> Tok
     return torch.cat(losses), torch.cat(entropy), torch.cat(is_correct)
 
 
-def chunk_rows(count: int, hidden: Tensor, *, vocabulary: int, dtype: torch.dtype) -> int:
+def chunk_rows(count: int, hidden: Tensor, *, vocabulary: int, dtype: torch.dtype, hidden_gradient: bool) -> int:
     """Rows in a chunk, so that the chunks of `count` rows are few and of equal size, and fit in the memory allowed."""
     if not hidden.is_cuda:
         most, multiple = max(1, CPU_CHUNK // vocabulary), 1
     else:
         M, D = hidden.shape
-        fixed = CUDA_WORKSPACE + M * D * hidden.itemsize  # the gradient by hidden
+        fixed = CUDA_WORKSPACE + M * D * hidden.itemsize * hidden_gradient
+        # logits; hidden states as they are and converted, or their gradient as a sum and converted
         row = (vocabulary + ALIGNED) * dtype.itemsize + D * (dtype.itemsize + 4 + hidden.itemsize)
         most, multiple = (CUDA_BYTES - fixed) // row, CUDA_ROWS
-        most = max(1, most // multiple) * multiple
+        most = max(CUDA_LEAST_ROWS, most // multiple * multiple)
     chunks = max(1, -(-count // most))
     return max(1, -(-count // chunks // multiple) * multiple) if count > most else max(1, count)
 
@@ -236,7 +240,8 @@ def cross_entropy_(job: Job, logits: Tensor, labels: Tensor, weights: Tensor | N
         return masked_cross_entropy.cross_entropy_(
             logits, labels, weights, job.grad_scale, gradient=gradient, details=job.details
         )
-    rows = max(torch.get_num_threads(), (CUDA_BLOCK if logits.is_cuda else CPU_BLOCK) // logits.shape[1])
+    threads = torch.get_num_threads()  # which share the rows of a block evenly
+    rows = -(-max(1, (CUDA_BLOCK if logits.is_cuda else CPU_BLOCK) // logits.shape[1]) // threads) * threads
     factors = labels.ne(NOT_TRAINED).to(accumulation_dtype(job.dtype)).mul_(job.grad_scale)
     if weights is not None:
         factors = torch.where(factors != 0, factors * weights, 0.0)
@@ -257,7 +262,7 @@ def block_cross_entropy_(
     wide = logits.to(factors.dtype)
     at_label, top = wide.gather(1, labels[:, None]), wide.amax(1, keepdim=True)
     p = torch.softmax(wide, 1, out=wide)  # whose maximum is 1 / sum(exp(z - top)): no second pass of exponentials
-    losses = (top - p.amax(1, keepdim=True).log_() - at_label)[:, 0].where(trained, 0.0)
+    losses = ((top - at_label) - p.amax(1, keepdim=True).log_())[:, 0].where(trained, 0.0)  # near 0 both terms are
     entropy = torch.special.entr(p).sum(-1).where(trained, 0.0) if details else None
     if gradient:
         p.mul_(factors[:, None]).scatter_add_(1, labels[:, None], -factors[:, None])
