@@ -42,6 +42,7 @@ class ConfigurableGPT(nn.Module):
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.config = config
         self.activation_checkpointing = False  # recompute each block in the backward instead of keeping it
+        self.compiled = False
         self.to_empty(device=device)
         self._tie_head()
         self._initialise()
@@ -63,7 +64,7 @@ class ConfigurableGPT(nn.Module):
         block, ids are the newest tokens of rows whose earlier ones it holds; documents then covers those too.
         """
         if documents is not None:
-            documents.prepare()
+            documents.prepare(compiled=self.compiled)
         if positions is None:
             positions = documents.positions if documents is not None else self._counted(ids, cache)
         x = self.token_embeddings(ids)
@@ -124,10 +125,11 @@ class ConfigurableGPT(nn.Module):
         counts = f"{parameter_count(old):,} -> {parameter_count(self.config):,} parameters"
         say(f"vocabulary {old.vocab_size:,} -> {size:,}: {counts}; new rows are the mean of the old")
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """Have torch.compile translate each block at its first call; all blocks share what it learns."""
+        self.compiled = True
         for block in self.blocks:
-            block.compile()
+            block.compile(backend=backend)
 
     @staticmethod
     def _counted(ids: Tensor, cache: Sequence[KeyValueCache] | None) -> Tensor:

@@ -33,9 +33,22 @@ class Documents:
         same = self.ids[:, S - T :, None] == self.ids[:, None, :]
         return (same & causal)[:, None]
 
-    def prepare(self) -> None:
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each document, row after row; they are read from the ids, which on a GPU would be waited for."""
+        begins = torch.ones_like(self.ids, dtype=torch.bool)
+        begins[:, 1:] = self.ids[:, 1:] != self.ids[:, :-1]
+        starts = begins.flatten().nonzero()[:, 0]
+        return torch.diff(starts, append=starts.new_tensor([self.ids.numel()])).tolist()
+
+    def prepare(self, *, compiled: bool = False) -> None:
         """Compute what the layers share now: inside torch.compile the first access would break the graph."""
-        _ = self.mask
+        _ = self.mask if compiled or not self.one_by_one else self.lengths
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether attention goes through the documents one after the other: on a CPU, where that costs no launches."""
+        return self.ids.device.type == "cpu" and self.queries is None and not torch.compiler.is_compiling()
 
     @cached_property
     def positions(self) -> Tensor:
@@ -56,6 +69,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | 
     """
     T, S = q.shape[2], k.shape[2]
     group = q.shape[1] // k.shape[1]
+    if documents is not None and documents.one_by_one:
+        return attention_by_document(q, k, v, documents.lengths, dropout=dropout)
     if documents is not None:
         mask: Tensor | None = documents.mask
     else:
@@ -67,6 +82,21 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | 
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1, enable_gqa=group > 1
     )
+
+
+def attention_by_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], *, dropout: float) -> Tensor:
+    """The same with the documents of all rows one after the other: the work follows their lengths, without a mask."""
+    B, H, T, C = q.shape
+    # No document crosses rows, so that the rows are one long row.
+    pieces = (x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (q, k, v))  # each (L, heads, C)
+    mixed = []
+    for of_one in zip(*pieces, strict=True):
+        query, key, value = (piece.transpose(0, 1)[None] for piece in of_one)
+        seen = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=H != k.shape[1]
+        )
+        mixed.append(seen[0].transpose(0, 1))
+    return torch.cat(mixed).view(B, T, H, C).transpose(1, 2)
 
 
 class KeyValueCache:

@@ -84,6 +84,24 @@ def test_queries_may_be_the_last_of_the_positions():
             torch.testing.assert_close(last, whole[:, :, -count:])
 
 
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_documents_one_by_one_equal_documents_under_a_mask(key_heads: int, monkeypatch):
+    inputs, found = random_heads(key_heads), []
+    for one_by_one in (True, False):
+        monkeypatch.setattr(Documents, "one_by_one", one_by_one)
+        documents = Documents(IDS)
+        mixed = causal_attention(*inputs, documents=documents, dropout=0.0)
+        found.append([mixed, *torch.autograd.grad(mixed.square().sum(), inputs)])
+        assert ("mask" in vars(documents)) != one_by_one
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+
+
+def test_lengths_are_those_of_the_documents_of_all_rows():
+    assert Documents(IDS).lengths == [1, 9, 3, 3, 4, 1, 2, 9]
+    assert Documents(torch.zeros(2, 3, dtype=torch.int32)).lengths == [3, 3]
+
+
 def test_positions_restart_in_each_document():
     assert Documents(IDS).positions[0].tolist() == [0, *range(9), 0, 1, 2, 0, 1, 2]
     assert Documents(IDS, queries=4).positions[1].tolist() == [5, 6, 7, 8]

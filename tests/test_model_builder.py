@@ -283,8 +283,7 @@ def test_all_blocks_and_steps_share_one_graph_without_breaks():
     torch._dynamo.reset()
     counters.clear()
     model = lively(n_layer=3, dropout=0.1).train()
-    for block in model.blocks:
-        block.compile(backend="eager")
+    model.compile_blocks(backend="eager")
     for _ in range(3):
         model(IDS, documents=documents()).sum().backward()
     assert counters["stats"]["unique_graphs"] == 1
