@@ -93,7 +93,7 @@ def attention_by_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], *
     for of_one in zip(*pieces, strict=True):
         query, key, value = (piece.transpose(0, 1)[None] for piece in of_one)
         seen = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=H != k.shape[1]
+            query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=k.shape[1] != H
         )
         mixed.append(seen[0].transpose(0, 1))
     return torch.cat(mixed).view(B, T, H, C).transpose(1, 2)
