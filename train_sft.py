@@ -164,7 +164,7 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
     )
     model = world.together(lambda: build_model(settings, data, resume_path, world)).to(world.device)
     dtype = settings.autocast_dtype(world.device) or model.head_weight.dtype
-    loss = world.together(lambda: choose_loss(settings.loss_kernel, device=world.device, dtype=dtype))
+    loss = choose_loss(settings.loss_kernel, device=world.device, dtype=dtype, world=world)
     world.on_main(lambda: startup.copy_tokenizer(data, out_dir, resumes=resume_path is not None))
     loader = build_loader(settings, data, world)
     log = world.together(lambda: open_log(resolved) if world.is_main else None)

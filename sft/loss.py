@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 
 from sft.batches import Batch
-from sft.errors import UserError
-from sft.kernels import linear_cross_entropy, reference
+from sft.errors import EXIT_FAILED, UserError
+from sft.kernels import linear_cross_entropy, products, reference
+from sft.world import World
 
 LossKernel = Literal["auto", "triton", "torch", "reference"]
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRIAL_VOCABULARIES = (100, 3 * 2**14 + 16)  # the second in several steps of the kernel's loop
 DESCRIPTIONS = {
     "triton": "fused head, cross-entropy in Triton",
     "torch": "fused head, cross-entropy in PyTorch",
@@ -56,21 +59,51 @@ class Loss:
         ).loss_sum
 
 
-def choose_loss(choice: LossKernel, *, device: torch.device, dtype: torch.dtype) -> Loss:
+def choose_loss(choice: LossKernel, *, device: torch.device, dtype: torch.dtype, world: World | None = None) -> Loss:
     """The kernel for hidden states of this dtype; UserError where the one asked for cannot compute them here.
 
-    Tries Triton on a few numbers, so that what cannot be compiled is known before the first step.
+    Tries what it chooses on a few numbers, so that what cannot be compiled is known before the first step. All ranks of
+    `world` must call it, and get the same; None: this process alone.
     """
-    if choice in ("torch", "reference"):
-        return Loss(choice, f"loss_kernel={choice}")
+    if choice == "reference":
+        return Loss(choice, "loss_kernel=reference")
     if choice == "auto" and device.type != "cuda":
         return Loss("torch", "this is the CPU")
-    problem = triton_problem(device, dtype)
-    if problem is None:
-        return Loss("triton", "it compiles here" if choice == "auto" else "loss_kernel=triton")
-    if choice == "triton":
+    world = world or World(rank=0, size=1, device=device)
+    problem, slower = world.together(lambda: _examine(choice, device, dtype))
+    problem = _of_any_rank(problem, world)
+    if problem is not None and choice == "triton":
         raise UserError(f"loss_kernel=triton: {problem}; use loss_kernel=auto, or torch")
-    return Loss("torch", problem)
+    works = "it compiles here" if choice == "auto" else f"loss_kernel={choice}"
+    reason = "; ".join(filter(None, (problem or works, slower)))
+    return Loss("torch" if choice == "torch" or problem is not None else "triton", reason)
+
+
+def _examine(choice: LossKernel, device: torch.device, dtype: torch.dtype) -> tuple[str | None, str | None]:
+    """Why Triton cannot be used, if it is wanted, and what is slower than elsewhere; UserError if memory is lacking."""
+    try:
+        problem = None if choice == "torch" else triton_problem(device, dtype)
+        return problem, products.slower_addition(device, dtype)
+    except Exception as error:
+        if not products.is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{device} is out of memory before the first step; is it used by another process?", exit_status=EXIT_FAILED
+        ) from error
+
+
+def _of_any_rank(problem: str | None, world: World) -> str | None:
+    """The problem of the first rank that has one, on all ranks."""
+
+    def tell() -> None:
+        if problem is not None:
+            raise UserError(problem if world.size == 1 else f"rank {world.rank}: {problem}")
+
+    try:
+        world.together(tell)
+    except UserError as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
 def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -85,24 +118,32 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         return _trial(device, dtype)
     except Exception as error:  # whatever a compiler, a driver or a missing library raises
+        if products.is_out_of_memory(error):
+            raise
         return f"Triton does not work here ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
 
 
 def _trial(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the loss and the gradients of a few numbers; compiles the kernels on the way."""
+    """What is wrong with the loss and the gradients of a few numbers; compiles each kernel that training may use.
+
+    The compiler tells apart whether V is a multiple of 16, whether tokens have weights, and training from evaluation.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_()
 
-    hidden, head = draw(8, 16), draw(100, 16)
+    def numbers(kernel: Any, *tensors: Any) -> list[Tensor]:
+        function = Loss(kernel, "").function
+        with torch.no_grad():
+            evaluated = function(*tensors).loss_sum
+        trained = function(*tensors, grad_scale=0.5).loss_sum
+        return [evaluated, trained, *torch.autograd.grad(0.5 * trained, tensors[:2])]
+
     labels = torch.tensor([3, -100, 99, 0, 50, -100, 7, 3], device=device)
-
-    def numbers(kernel: Any) -> list[Tensor]:
-        loss = Loss(kernel, "").function(hidden, head, labels, grad_scale=0.5).loss_sum
-        return [loss, *torch.autograd.grad(0.5 * loss, (hidden, head))]
-
-    for ours, exact in zip(numbers("triton"), numbers("reference"), strict=True):
-        if not torch.allclose(ours.float(), exact.float(), rtol=0.05, atol=0.05):
-            return "Triton gives wrong numbers here"
+    for V, weights in itertools.product(TRIAL_VOCABULARIES, (None, torch.arange(8, device=device) / 4)):
+        tensors = draw(8, 16), draw(V, 16), labels, weights
+        for ours, exact in zip(numbers("triton", *tensors), numbers("reference", *tensors), strict=True):
+            if not torch.allclose(ours.float(), exact.float(), rtol=0.05, atol=0.05):
+                return "Triton gives wrong numbers here"
     return None

@@ -75,7 +75,7 @@ ONE_COLUMN = Variant(columns=1, stride=1)
 
 
 def cross_entropy(configuration: Configuration, variant: Variant) -> Any:
-    types = {"logits": f"*{variant.dtype}", "labels": "*i64", "losses": "*fp32", "grad_scale": "fp32"}
+    types = {"logits": f"*{variant.dtype}", "labels": "*i64", "losses": "*fp32", "grad_scale": "*fp32"}
     types |= {"gradient": f"*{variant.dtype}"} if variant.gradient else {}
     types |= {"weights": "*fp32"} if variant.weights else {}
     types |= {"entropies": "*fp32", "correct": "*i1"} if variant.details else {}
@@ -94,13 +94,13 @@ def scale(dtype: str, **ones: int) -> Any:
     types = {
         "tensor": f"*{dtype}",
         "factor": "*fp32",
-        "divisor": "fp32",
+        "divisor": "*fp32",
         "rows": "i32",
         "columns": "i64",
         "stride": "i64",
     }
     types = {name: type for name, type in types.items() if name not in ones}
-    divisible = set(types) - {"divisor", "rows"}
+    divisible = set(types) - {"rows"}
     return compiled(scale_kernel, types, {"BLOCK": SCALE_BLOCK, **ones}, divisible, num_warps=SCALE_WARPS)
 
 

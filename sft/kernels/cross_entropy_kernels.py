@@ -28,7 +28,7 @@ def cross_entropy_kernel(
     correct: tl.tensor,
     columns: tl.tensor,
     stride: tl.tensor,
-    grad_scale: tl.tensor,
+    grad_scale: tl.tensor,  # one number, in memory
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -65,9 +65,13 @@ def cross_entropy_kernel(
         entropy, is_correct = None, None
         if DETAILS:
             entropy, is_correct = entropies + row, correct + row
+        factor = 0.0
+        if gradient is not None:  # on its way while the lanes are joined
+            factor = tl.load(grad_scale).to(tl.float32)
+            if weights is not None:
+                factor *= tl.load(weights + row).to(tl.float32)
         base, total = _write_results(losses + row, entropy, is_correct, x_label, state)
         if gradient is not None:
-            factor = grad_scale if weights is None else grad_scale * tl.load(weights + row).to(tl.float32)
             factor = tl.where(valid, factor, float("nan"))
             tl.debug_barrier()  # whoever writes the label's column must not overtake those who still read it
             at, ends = (gradient + start, gradient + body), (lead, columns - lead)
@@ -263,9 +267,9 @@ def scale_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """tensor *= factor / divisor, by a fixed number of programs; nothing is touched when they are equal."""
-    numerator = tl.load(factor).to(tl.float32)
-    if numerator != divisor:
-        ratio = numerator / divisor
+    numerator, told = tl.load(factor).to(tl.float32), tl.load(divisor).to(tl.float32)
+    if numerator != told:
+        ratio = numerator / told
         per_row = tl.cdiv(columns, BLOCK)
         blocks = tl.full((), per_row, tl.int64) * rows
         cells = tl.arange(0, BLOCK)

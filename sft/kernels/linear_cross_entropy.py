@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sft.kernels.products import accumulation_dtype, add_product, product
 from sft.kernels.reference import CrossEntropy
+from sft.kernels.upstream import foretold, is_traced, rest
 from sft.samples import NOT_TRAINED
 
 CUDA_BYTES = 1_300_000_000  # at most so much extra, beside the weight gradient and a head that autocast converts
@@ -49,7 +50,8 @@ def masked_linear_cross_entropy(
     """What reference.masked_linear_cross_entropy gives, see there; differentiable once, by hidden and head_weight.
 
     Never waits for a GPU. Under autocast it computes in autocast's dtype, and the gradient of an fp32 head stays fp32.
-    `triton` decides who computes the cross-entropy of a chunk; None = Triton on CUDA, PyTorch elsewhere.
+    `triton` decides who computes the cross-entropy of a chunk; None = Triton on CUDA, PyTorch elsewhere. Where this
+    call itself is compiled, backward may not change what forward saved: it reads and writes each gradient once more.
     """
     dtype = compute_dtype(hidden)
     assert hidden.ndim == head_weight.ndim == 2, "hidden is (M, D), head_weight (V, D)"
@@ -60,21 +62,78 @@ def masked_linear_cross_entropy(
     assert weights is None or not weights.requires_grad, "the weights have no gradient; the reference gives one"
     if triton is None:
         triton = hidden.is_cuda and dtype != torch.float64
-    differentiable = torch.is_grad_enabled()
-    loss_sum, count, _, _, *told = fused_head(
-        hidden,
-        head_weight,
-        labels,
-        weights,
-        rows,
-        grad_scale,
-        differentiable and hidden.requires_grad,
-        differentiable and head_weight.requires_grad,
-        details,
-        dtype,
-        triton,
+    scale = foretold(grad_scale, hidden, accumulation_dtype(dtype))
+    loss_sum, count, *told = _FusedHead.apply(
+        hidden, head_weight, labels, weights, rows, scale, torch.is_grad_enabled(), details, dtype, triton
     )
     return CrossEntropy(loss_sum, count, *(told if details else ()))
+
+
+class _FusedHead(torch.autograd.Function):
+    """`fused_head`, whose gradients nobody sees before the backward pass gives them away."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        rows: Tensor | None,
+        grad_scale: Tensor,
+        differentiable: bool,
+        details: bool,
+        dtype: torch.dtype,
+        triton: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        ctx.hidden_gradient = differentiable and hidden.requires_grad
+        ctx.head_gradient = differentiable and head_weight.requires_grad
+        ctx.triton, ctx.is_spent = triton, False
+        needs = ctx.hidden_gradient, ctx.head_gradient
+        loss_sum, count, grad_hidden, grad_head, *told = fused_head(
+            hidden, head_weight, labels, weights, rows, grad_scale, *needs, details, dtype, triton
+        )
+        ctx.save_for_backward(grad_hidden, grad_head, grad_scale)
+        ctx.mark_non_differentiable(count, *told)
+        ctx.set_materialize_grads(False)
+        return loss_sum, count, *told
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        assert upstream is not None, "loss_sum alone is differentiable"
+        grad_hidden, grad_head, told = ctx.saved_tensors
+        if is_traced(upstream):  # and a compiled backward refuses a second derivative itself
+            factor = rest(upstream, told)
+            by_hidden = grad_hidden * factor if ctx.hidden_gradient else None
+            return by_hidden, grad_head * factor if ctx.head_gradient else None, *[None] * 8
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "masked_linear_cross_entropy is differentiable once: its gradients are numbers from the forward pass. "
+                "For create_graph=True use sft.kernels.reference (--loss_kernel=reference)"
+            )
+        if ctx.is_spent:
+            raise RuntimeError(
+                "masked_linear_cross_entropy gives its gradients away in the first backward pass; run the forward pass "
+                "again, or use sft.kernels.reference (--loss_kernel=reference) with retain_graph=True"
+            )
+        ctx.is_spent = True
+        if ctx.hidden_gradient:
+            scale_gradient_(grad_hidden, upstream, told, ctx.triton)
+        if ctx.head_gradient:
+            scale_gradient_(grad_head, upstream, told, ctx.triton)
+        return grad_hidden if ctx.hidden_gradient else None, grad_head if ctx.head_gradient else None, *[None] * 8
+
+
+def scale_gradient_(gradient: Tensor, upstream: Tensor, told: Tensor, triton: bool) -> None:
+    """Multiply in place by upstream / told; nothing is read where that is 1, save on CUDA without Triton."""
+    if triton:
+        from sft.kernels import masked_cross_entropy
+
+        masked_cross_entropy.scale_(gradient, upstream, told)
+        return
+    factor = rest(upstream, told)
+    if gradient.is_cuda or factor.item() != 1:
+        gradient.mul_(factor)
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -92,7 +151,7 @@ def fused_head(
     labels: Tensor,
     weights: Tensor | None,
     rows: Tensor | None,
-    grad_scale: float,
+    grad_scale: Tensor,
     hidden_gradient: bool,
     head_gradient: bool,
     details: bool,
@@ -100,7 +159,10 @@ def fused_head(
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss sum, count, the gradients of grad_scale * loss by hidden and by head_weight, token losses, entropies and the
-    number that is correct; what is not asked for is empty."""
+    number that is correct; what is not asked for is empty.
+
+    Not differentiable itself. grad_scale is a scalar in the dtype of the sums.
+    """
     job = Job(grad_scale, hidden_gradient, head_gradient, details, dtype, triton)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         return compute(job, hidden, head_weight, labels=labels, weights=weights, rows=rows)
@@ -109,7 +171,7 @@ def fused_head(
 class Job(NamedTuple):
     """What is asked of the fused head."""
 
-    grad_scale: float
+    grad_scale: Tensor
     hidden_gradient: bool
     head_gradient: bool
     details: bool
@@ -124,7 +186,7 @@ def _(
     labels: Tensor,
     weights: Tensor | None,
     rows: Tensor | None,
-    grad_scale: float,
+    grad_scale: Tensor,
     hidden_gradient: bool,
     head_gradient: bool,
     details: bool,
@@ -271,49 +333,3 @@ def block_cross_entropy_(
         if p is not logits:
             logits.copy_(p)
     return losses, entropy, is_correct
-
-
-@torch.library.custom_op("sft::scale_gradient_", mutates_args=("gradient",))
-def scale_gradient_(gradient: Tensor, upstream: Tensor, grad_scale: float, triton: bool) -> None:
-    """Multiply in place by upstream / grad_scale; nothing is read where that is 1, save on CUDA without Triton."""
-    if triton:
-        from sft.kernels import masked_cross_entropy
-
-        return masked_cross_entropy.scale_(gradient, upstream, grad_scale)
-    factor = upstream / torch.full_like(upstream, grad_scale)  # two tensors, so that x / x is 1: no reciprocal
-    if gradient.is_cuda or factor.item() != 1:
-        gradient.mul_(factor)
-    return None
-
-
-def remember(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
-    (_, _, _, _, _, ctx.grad_scale, ctx.hidden_gradient, ctx.head_gradient, _, _, ctx.triton) = inputs
-    _, _, grad_hidden, grad_head, token_losses, entropy, _ = output
-    ctx.mark_non_differentiable(grad_hidden, grad_head, token_losses, entropy)
-    ctx.set_materialize_grads(False)  # zeros for all these would be the size of the weight
-    ctx.save_for_backward(grad_hidden, grad_head)
-    ctx.is_spent = False
-
-
-def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "masked_linear_cross_entropy is differentiable once: its gradients are numbers from the forward pass. "
-            "For create_graph=True use sft.kernels.reference (--loss_kernel=reference)"
-        )
-    if ctx.is_spent:
-        raise RuntimeError(
-            "masked_linear_cross_entropy gives its gradients away in the first backward pass; run the forward pass "
-            "again, or use sft.kernels.reference (--loss_kernel=reference) with retain_graph=True"
-        )
-    ctx.is_spent = True
-    assert upstream is not None, "loss_sum alone is differentiable"
-    grad_hidden, grad_head = ctx.saved_tensors
-    for gradient, is_needed in ((grad_hidden, ctx.hidden_gradient), (grad_head, ctx.head_gradient)):
-        if is_needed:
-            scale_gradient_(gradient, upstream, ctx.grad_scale, ctx.triton)
-    by_hidden, by_head = grad_hidden if ctx.hidden_gradient else None, grad_head if ctx.head_gradient else None
-    return by_hidden, by_head, *(None,) * 9
-
-
-fused_head.register_autograd(backward, setup_context=remember)

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from sft.kernels import cross_entropy_kernels
 from sft.kernels.reference import CrossEntropy
+from sft.kernels.upstream import foretold, is_traced, rest
 from sft.samples import NOT_TRAINED
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -90,10 +91,11 @@ def masked_cross_entropy(
     """
     _check(logits, labels, weights)
     assert 0 < grad_scale < math.inf
+    scale = foretold(grad_scale, logits, torch.float32)
     if torch.is_grad_enabled() and logits.requires_grad:
-        outputs = _CrossEntropy.apply(logits, labels, weights, grad_scale, details, overwrite, configuration)
+        outputs = _CrossEntropy.apply(logits, labels, weights, scale, details, overwrite, configuration)
     else:
-        *told, _ = cross_entropy(logits, labels, weights, grad_scale, False, details, configuration)
+        *told, _ = cross_entropy(logits, labels, weights, scale, False, details, configuration)
         outputs = (_weighted_sum(told[0], weights), *told)
     loss_sum, losses, entropies, correct = outputs
     count = (labels != NOT_TRAINED).sum()
@@ -104,7 +106,7 @@ def cross_entropy_(
     logits: Tensor,
     labels: Tensor,
     weights: Tensor | None,
-    grad_scale: float,
+    grad_scale: float | Tensor,
     *,
     gradient: bool,
     details: bool,
@@ -112,26 +114,42 @@ def cross_entropy_(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Token losses (N,), and with `details` their entropies and whether they are correct; not differentiable.
 
-    With `gradient` logits (N, V) become grad_scale * weight * (softmax - onehot), 0 in masked rows.
+    With `gradient` logits (N, V) become grad_scale * weight * (softmax - onehot), 0 in masked rows; grad_scale as a
+    number or as an fp32 scalar beside them.
     """
     _check(logits, labels, weights)
+    scale = _scalar(grad_scale, logits)
     if gradient:
-        losses, entropies, correct = overwrite_cross_entropy(
-            logits, labels, weights, grad_scale, details, configuration
-        )
+        losses, entropies, correct = overwrite_cross_entropy(logits, labels, weights, scale, details, configuration)
     else:
-        losses, entropies, correct, _ = cross_entropy(
-            logits, labels, weights, grad_scale, False, details, configuration
-        )
+        losses, entropies, correct, _ = cross_entropy(logits, labels, weights, scale, False, details, configuration)
     return (losses, entropies, correct) if details else (losses, None, None)
 
 
-def scale_(tensor: Tensor, factor: Tensor, divisor: float = 1.0) -> None:
+def scale_(tensor: Tensor, factor: Tensor, divisor: float | Tensor = 1.0) -> None:
     """tensor *= factor / divisor, without waiting for the GPU; where both are equal, memory is not touched.
 
-    tensor is dense in its last dimension, or contiguous; factor a scalar on the same device. Compared in fp32.
+    tensor is dense in its last dimension, or contiguous; factor, and divisor unless it is a number, a scalar on the
+    same device. Compared in fp32.
     """
-    scale_in_place(tensor, factor, divisor)
+    if tensor.numel() == 0:
+        return
+    rows, columns, stride = 1, tensor.numel(), tensor.numel()
+    if not tensor.is_contiguous():
+        assert tensor.ndim == 2, "contiguous, or a matrix"
+        assert tensor.stride(1) == 1, "the rows of a matrix are contiguous"
+        (rows, columns), stride = tensor.shape, tensor.stride(0)
+    told = _scalar(divisor, tensor)
+    blocks = rows * -(-columns // SCALE_BLOCK)
+    with _on_device_of(tensor):
+        programs = min(blocks, SCALE_PROGRAMS * _multiprocessors(tensor.device))
+        cross_entropy_kernels.scale_kernel[(programs,)](
+            tensor, factor, told, rows, columns, stride, BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS
+        )
+
+
+def _scalar(number: float | Tensor, like: Tensor) -> Tensor:
+    return number if isinstance(number, Tensor) else foretold(number, like, torch.float32)
 
 
 def _check(logits: Tensor, labels: Tensor, weights: Tensor | None) -> None:
@@ -152,7 +170,7 @@ class _CrossEntropy(torch.autograd.Function):
         logits: Tensor,
         labels: Tensor,
         weights: Tensor | None,
-        grad_scale: float,
+        grad_scale: Tensor,
         details: bool,
         overwrite: bool,
         configuration: int | None,
@@ -162,22 +180,22 @@ class _CrossEntropy(torch.autograd.Function):
             gradient = logits
         else:
             *told, gradient = cross_entropy(logits, labels, weights, grad_scale, True, details, configuration)
-        ctx.save_for_backward(gradient)
-        ctx.grad_scale = grad_scale
+        ctx.save_for_backward(gradient, grad_scale)
         ctx.spent = False
         ctx.mark_non_differentiable(*told)
         return (_weighted_sum(told[0], weights), *told)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling():  # a compiled backward refuses both itself
-            if torch.is_grad_enabled():
-                raise RuntimeError("the masked cross-entropy has no second derivative; the reference has")
-            if ctx.spent:
-                raise RuntimeError("the gradient of this loss is spent by the first backward: compute the loss again")
-            ctx.spent = True
-        (gradient,) = ctx.saved_tensors
-        scale_in_place(gradient, upstream, ctx.grad_scale)
+        gradient, told = ctx.saved_tensors
+        if is_traced(upstream):  # and a compiled backward refuses a second derivative itself
+            return gradient * rest(upstream, told), *[None] * 6
+        if torch.is_grad_enabled():
+            raise RuntimeError("the masked cross-entropy has no second derivative; the reference has")
+        if ctx.spent:
+            raise RuntimeError("the gradient of this loss is spent by the first backward: compute the loss again")
+        ctx.spent = True
+        scale_(gradient, upstream, told)
         return gradient, *[None] * 6
 
 
@@ -190,7 +208,7 @@ def cross_entropy(
     logits: Tensor,
     labels: Tensor,
     weights: Tensor | None,
-    grad_scale: float,
+    grad_scale: Tensor,
     gradient: bool,
     details: bool,
     configuration: int | None = None,
@@ -207,7 +225,7 @@ def _(
     logits: Tensor,
     labels: Tensor,
     weights: Tensor | None,
-    grad_scale: float,
+    grad_scale: Tensor,
     gradient: bool,
     details: bool,
     configuration: int | None = None,
@@ -220,7 +238,7 @@ def overwrite_cross_entropy(
     logits: Tensor,
     labels: Tensor,
     weights: Tensor | None,
-    grad_scale: float,
+    grad_scale: Tensor,
     details: bool,
     configuration: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,33 +256,11 @@ def _(
     logits: Tensor,
     labels: Tensor,
     weights: Tensor | None,
-    grad_scale: float,
+    grad_scale: Tensor,
     details: bool,
     configuration: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _results(labels, details)
-
-
-@torch.library.custom_op("sft::scale_", mutates_args=("tensor",))
-def scale_in_place(tensor: Tensor, factor: Tensor, divisor: float) -> None:
-    if tensor.numel() == 0:
-        return
-    rows, columns, stride = 1, tensor.numel(), tensor.numel()
-    if not tensor.is_contiguous():
-        assert tensor.ndim == 2, "contiguous, or a matrix"
-        assert tensor.stride(1) == 1, "the rows of a matrix are contiguous"
-        (rows, columns), stride = tensor.shape, tensor.stride(0)
-    blocks = rows * -(-columns // SCALE_BLOCK)
-    with _on_device_of(tensor):
-        programs = min(blocks, SCALE_PROGRAMS * _multiprocessors(tensor.device))
-        cross_entropy_kernels.scale_kernel[(programs,)](
-            tensor, factor, divisor, rows, columns, stride, BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS
-        )
-
-
-@scale_in_place.register_fake
-def _(tensor: Tensor, factor: Tensor, divisor: float) -> None:
-    return None
 
 
 def _launch(
@@ -272,7 +268,7 @@ def _launch(
     gradient: Tensor | None,
     labels: Tensor,
     weights: Tensor | None,
-    grad_scale: float,
+    grad_scale: Tensor,
     details: bool,
     configuration: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -63,6 +63,26 @@ def add_widened(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1, out=total)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was lacking: says nothing about what works."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
+
+
+SLOWER: dict[Callable[[Tensor, Tensor, Tensor, bool], None], str] = {
+    add_apart: "each chunk's weight gradient is added in a pass of its own, since cuBLAS does not add it here",
+    add_widened: "the weight gradient's products are fp32, since those of half precision do not work here",
+}
+
+
+def slower_addition(device: torch.device, dtype: torch.dtype) -> str | None:
+    """How the weight gradient's products are added up here, in words, unless it is the fast way."""
+    if dtype not in HALF or device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return SLOWER.get(half_precision_adds(device, dtype))
+
+
 @functools.cache
 def half_precision_adds(device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, bool], None]:
     """How to add a product in half precision to an fp32 total: the fastest way that works here, tried once."""
@@ -77,7 +97,9 @@ def half_precision_adds(device: torch.device, dtype: torch.dtype) -> Callable[[T
             try:
                 add(total, a, b, True)
                 add(total, a, b, False)
-            except RuntimeError:
+            except (RuntimeError, AttributeError, TypeError) as error:  # refused, no such overload, no out_dtype
+                if is_out_of_memory(error):
+                    raise
                 continue
             if torch.equal(total.cpu(), 2 * expected):  # small whole numbers: exact in any order
                 return add
