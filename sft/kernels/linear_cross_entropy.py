@@ -101,8 +101,8 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         assert upstream is not None, "loss_sum alone is differentiable"
-        grad_hidden, grad_head, told = ctx.saved_tensors
         if is_traced(upstream):  # and a compiled backward refuses a second derivative itself
+            grad_hidden, grad_head, told = ctx.saved_tensors
             factor = rest(upstream, told)
             by_hidden = grad_hidden * factor if ctx.hidden_gradient else None
             return by_hidden, grad_head * factor if ctx.head_gradient else None, *[None] * 8
@@ -117,6 +117,7 @@ class _FusedHead(torch.autograd.Function):
                 "again, or use sft.kernels.reference (--loss_kernel=reference) with retain_graph=True"
             )
         ctx.is_spent = True
+        grad_hidden, grad_head, told = ctx.saved_tensors  # not before, since after a first backward they have changed
         if ctx.hidden_gradient:
             scale_gradient_(grad_hidden, upstream, told, ctx.triton)
         if ctx.head_gradient:

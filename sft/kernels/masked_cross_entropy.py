@@ -132,20 +132,7 @@ def scale_(tensor: Tensor, factor: Tensor, divisor: float | Tensor = 1.0) -> Non
     tensor is dense in its last dimension, or contiguous; factor, and divisor unless it is a number, a scalar on the
     same device. Compared in fp32.
     """
-    if tensor.numel() == 0:
-        return
-    rows, columns, stride = 1, tensor.numel(), tensor.numel()
-    if not tensor.is_contiguous():
-        assert tensor.ndim == 2, "contiguous, or a matrix"
-        assert tensor.stride(1) == 1, "the rows of a matrix are contiguous"
-        (rows, columns), stride = tensor.shape, tensor.stride(0)
-    told = _scalar(divisor, tensor)
-    blocks = rows * -(-columns // SCALE_BLOCK)
-    with _on_device_of(tensor):
-        programs = min(blocks, SCALE_PROGRAMS * _multiprocessors(tensor.device))
-        cross_entropy_kernels.scale_kernel[(programs,)](
-            tensor, factor, told, rows, columns, stride, BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS
-        )
+    scale_in_place(tensor, factor, _scalar(divisor, tensor))
 
 
 def _scalar(number: float | Tensor, like: Tensor) -> Tensor:
@@ -187,15 +174,16 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, told = ctx.saved_tensors
         if is_traced(upstream):  # and a compiled backward refuses a second derivative itself
+            gradient, told = ctx.saved_tensors
             return gradient * rest(upstream, told), *[None] * 6
         if torch.is_grad_enabled():
             raise RuntimeError("the masked cross-entropy has no second derivative; the reference has")
         if ctx.spent:
             raise RuntimeError("the gradient of this loss is spent by the first backward: compute the loss again")
         ctx.spent = True
-        scale_(gradient, upstream, told)
+        gradient, told = ctx.saved_tensors  # not before, since after a first backward it has changed
+        scale_in_place(gradient, upstream, told)
         return gradient, *[None] * 6
 
 
@@ -261,6 +249,28 @@ def _(
     configuration: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _results(labels, details)
+
+
+@torch.library.custom_op("sft::scale_", mutates_args=("tensor",))
+def scale_in_place(tensor: Tensor, factor: Tensor, divisor: Tensor) -> None:
+    if tensor.numel() == 0:
+        return
+    rows, columns, stride = 1, tensor.numel(), tensor.numel()
+    if not tensor.is_contiguous():
+        assert tensor.ndim == 2, "contiguous, or a matrix"
+        assert tensor.stride(1) == 1, "the rows of a matrix are contiguous"
+        (rows, columns), stride = tensor.shape, tensor.stride(0)
+    blocks = rows * -(-columns // SCALE_BLOCK)
+    with _on_device_of(tensor):
+        programs = min(blocks, SCALE_PROGRAMS * _multiprocessors(tensor.device))
+        cross_entropy_kernels.scale_kernel[(programs,)](
+            tensor, factor, divisor, rows, columns, stride, BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS
+        )
+
+
+@scale_in_place.register_fake
+def _(tensor: Tensor, factor: Tensor, divisor: Tensor) -> None:
+    return None
 
 
 def _launch(
