@@ -90,7 +90,7 @@ import torch
 from sft.kernels.linear_cross_entropy import masked_linear_cross_entropy
 from sft.kernels.masked_cross_entropy import masked_cross_entropy, scale_
 from tests.kernel_problems import problem
-from tests import test_linear_cross_entropy as head
+from tests import head_problems as head
 
 for columns in (1, 257, 4099):
     wide, labels = problem(5, columns + 3, dtype=torch.bfloat16, device="cuda")
