@@ -110,6 +110,28 @@ def test_ranks_with_other_settings_are_refused_by_number(tmp_path):
     assert done.stderr.count("error: settings differ between ranks: rank(s) 1") == 1
 
 
+def test_all_ranks_take_one_loss_kernel_though_another_would_work_on_some(tmp_path):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import torch\n"
+        "from sft import loss\n"
+        "from sft.errors import run_program\n"
+        "from sft.world import join_world\n"
+        "def main(argv):\n"
+        "    with join_world('cpu') as world:\n"
+        "        loss._trial = lambda device, dtype: 'Triton gives wrong numbers here' if world.rank == 1 else None\n"
+        "        on = {'device': torch.device('cuda', world.rank), 'dtype': torch.bfloat16, 'world': world}\n"
+        "        chosen = loss.choose_loss('auto', **on)\n"
+        "        assert chosen == loss.Loss('torch', 'rank 1: Triton gives wrong numbers here'), chosen\n"
+        "        loss.choose_loss('triton', **on)\n"
+        "run_program(main)\n"
+    )
+    done = torchrun(3, worker, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("error: loss_kernel=triton: rank 1: Triton gives wrong numbers here; use") == 1
+    assert "AssertionError" not in done.stderr
+
+
 def test_a_world_of_one_needs_no_process_group():
     with join_world("cpu") as world:
         assert (world.rank, world.size, world.is_main) == (0, 1, True)
