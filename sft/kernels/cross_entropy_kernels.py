@@ -65,11 +65,9 @@ def cross_entropy_kernel(
         entropy, is_correct = None, None
         if DETAILS:
             entropy, is_correct = entropies + row, correct + row
-        factor = 0.0
-        if gradient is not None:  # on its way while the lanes are joined
-            factor = tl.load(grad_scale).to(tl.float32)
-            if weights is not None:
-                factor *= tl.load(weights + row).to(tl.float32)
+        factor = tl.load(grad_scale)  # here, to be on its way while the lanes are joined
+        if weights is not None:
+            factor *= tl.load(weights + row).to(tl.float32)
         base, total = _write_results(losses + row, entropy, is_correct, x_label, state)
         if gradient is not None:
             factor = tl.where(valid, factor, float("nan"))
