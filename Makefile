@@ -38,12 +38,23 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 # A GPU machine comes with its own CUDA build of torch, and not with every library of the tests: no .venv, and only the
-# files that hold GPU tests. A test that fails does not keep the benchmark from running.
-gpu: ## the GPU tests, then the benchmark of the loss, with the machine's own Python; into $OUT, else out/gpu
+# files that hold GPU tests. The benchmark comes first, since its result is worth more, and has the GPU for itself; then the
+# tests, those of the kernels first, in four processes where pytest-xdist is there. Both have a limit in seconds, together
+# less than eight minutes: the benchmark ends by itself (LossBenchmark.minutes and half a minute for start and clocks), the
+# tests are estimated at two minutes in four processes, five in one. What hangs is stopped, and what one has written stays,
+# whatever becomes of the other.
+BENCH_SECONDS ?= 310
+TEST_SECONDS ?= 160
+gpu: SHELL := /bin/bash
+gpu: ## the benchmark of the loss, then the GPU tests, with the machine's own Python; into $OUT, else out/gpu
 	mkdir -p $(OUT)
-	@status=0; export PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"; files=$$(grep -l 'mark\.gpu' tests/test_*.py); set -x; \
-	$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/gpu_tests.xml $$files || status=1; \
-	$(PYTHON) bench/loss.py --device=cuda --out_dir=$(OUT) || status=1; \
+	@status=0; set -o pipefail; export PYTHONUNBUFFERED=1 PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	files=$$(grep -lE 'mark\.gpu|tests\.devices' tests/test_*.py | sort -r); \
+	processes=$$($(PYTHON) -c 'import xdist' >/dev/null 2>&1 && echo '-n 4'); set -x; \
+	timeout -k 10 $(BENCH_SECONDS) $(PYTHON) bench/loss.py --device=cuda --out_dir=$(OUT) 2>&1 \
+		| tee $(OUT)/loss.txt || status=1; \
+	timeout -s INT -k 10 $(TEST_SECONDS) $(PYTHON) -m pytest -m gpu -v -rfEs --continue-on-collection-errors $$processes \
+		--junitxml=$(OUT)/gpu_tests.xml $$files 2>&1 | tee $(OUT)/gpu_tests.txt || status=1; \
 	exit $$status
 
 clean: ## removes .venv and caches; data/ and out/ stay

@@ -10,8 +10,8 @@ configuration. Values and gradients are compared with the definition, sft/kernel
 
 The floor: the three bare products of a head over the n trained rows, plus 4 n V bytes (bf16 logits read once, their
 gradient written once) at the measured bandwidth of a copy; over logits, the bytes alone, with the zeros written to the
-masked rows; for the loss alone, one product and the bytes read. It takes its turns with the others. Medians of the time between two events, and of
-wall-clock time from an idle GPU to an idle GPU.
+masked rows; for the loss alone, one product and the bytes read. It takes its turns with the others. Medians of the time
+between two events, and of wall-clock time from an idle GPU to an idle GPU.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from typing import Any, Literal
 import torch
 
 from bench.loss_goals import goal_lines, judge
-from bench.loss_inputs import draws_of, expected_of, make_head, make_pool
-from bench.loss_measure import Copy, clocks, reason
+from bench.loss_inputs import Pool, draws_of, expected_of, make_head, make_pool
+from bench.loss_measure import Copy, OutOfTime, clocks, reason
 from bench.loss_providers import EVALUATION, OURS, PROVIDERS, WORKLOADS
 from bench.loss_task import Task, measured_task
 from bench.packing import processor
@@ -58,7 +58,7 @@ class LossBenchmark:
     dtype: Literal["bfloat16", "float32"] | None = None  # of inputs; None: bfloat16 on a GPU, float32 on a CPU
     workloads: str = "head,logits,evaluation"
     leave_out: str | None = None  # providers, with semicolons: one that breaks the CUDA context spoils all after it
-    minutes: float = 4.5  # for everything; a round more or less of each configuration makes it fit
+    minutes: float = 4.5  # for everything: so many rounds as fit; configurations that do not are left out, last first
     out_dir: str = "bench/results"  # where loss_<device>.json goes, whole after each configuration
 
 
@@ -80,13 +80,14 @@ def resolved(settings: LossBenchmark) -> LossBenchmark:
 
 
 def configurations(settings: LossBenchmark) -> list[tuple[str, int, float]]:
-    """Workload, N and share of each, N by N; the loss alone with all tokens trained, which is what evaluation has."""
+    """Workload, N and share of each, the most important first; the loss alone with all tokens trained, which is what
+    evaluation has."""
     assert settings.tokens is not None
     shares = [float(share) for share in settings.shares.split(",")]
     return [
         (workload, int(tokens), share)
-        for tokens in settings.tokens.split(",")
         for share in shares
+        for tokens in settings.tokens.split(",")
         for workload in settings.workloads.split(",")
         if workload != EVALUATION or share == max(shares)
     ]
@@ -132,24 +133,28 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 
 
 def run_all(settings: LossBenchmark, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The result of each configuration, with what is left of the minutes shared out evenly."""
-    end = time.monotonic() + settings.minutes * 60
+    """The result of each configuration, with what is left of the minutes shared out evenly, until they are over."""
+    end = time.perf_counter() + settings.minutes * 60
     head = make_head(
         settings.vocabulary, settings.hidden_size, device=device, dtype=getattr(torch, str(settings.dtype))
     )
     copy = Copy(device)
     left_out = set((settings.leave_out or "").split(";"))
-    pool = made = None
+    pools: dict[int, Pool] = {}
+    made = None
     plan = configurations(settings)
     for done, (workload, tokens, share) in enumerate(plan):
-        if pool is None or len(pool.labels[0]) != tokens:
-            pool = None  # frees the last one first
-            pool = make_pool(head, tokens, size=POOL)
+        if tokens not in pools:
+            pools[tokens] = make_pool(head, tokens, size=POOL)
+        pool = pools[tokens]
         if made != (tokens, share):
             made, draws = (tokens, share), draws_of(pool, share)
             expected = expected_of(head, draws[0])
-        task = Task(workload=workload, pool=pool, share=share, draws=draws, copy=copy, expected=expected)
-        yield measured_task(task, seconds=(end - time.monotonic()) / (len(plan) - done), left_out=left_out)
+        task = Task(workload=workload, pool=pool, share=share, draws=draws, copy=copy, expected=expected, end=end)
+        try:
+            yield measured_task(task, seconds=(end - time.perf_counter()) / (len(plan) - done), left_out=left_out)
+        except OutOfTime:
+            return
 
 
 def print_configuration(result: dict[str, Any]) -> None:
@@ -186,6 +191,7 @@ def main(argv: list[str]) -> None:
         "settings": asdict(settings),
         "grid": {f"{row.name}, {', '.join(row.workloads)}": [*row.grid, *row.gpu_grid] for row in PROVIDERS},
         "clocks_before": clocks(device),
+        "planned": len(configurations(settings)),
         "configurations": [],
         "goals": [],
     }
@@ -200,8 +206,11 @@ def main(argv: list[str]) -> None:
         report["status"] = f"stopped: {reason(error)}"
         write_json(out, report)
         raise
-    report |= {"clocks_after": clocks(device), "status": "finished", "seconds": time.monotonic() - start}
+    measured, planned = len(report["configurations"]), report["planned"]
+    status = "finished" if measured == planned else "out of time"
+    report |= {"clocks_after": clocks(device), "status": status, "seconds": time.monotonic() - start}
     write_json(out, report)
+    print(f"{status}: {measured} of {planned} configurations, by which the goals are judged")
     print("\n".join(["goals", *goal_lines(report["goals"]), f"{out}: {report['seconds']:.0f} s"]))
     bad = [result for result in report["configurations"] if result["providers"][OURS]["status"] in ("wrong", "failed")]
     if bad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import statistics
@@ -29,6 +30,16 @@ class Contestant(NamedTuple):
 
     prepare: Callable[[int], Any]
     run: Callable[[Any], Any]
+
+
+class OutOfTime(Exception):
+    """The minutes of the whole benchmark are over."""
+
+
+def check_time(end: float) -> None:
+    """OutOfTime after `end`, on the clock of time.perf_counter."""
+    if time.perf_counter() > end:
+        raise OutOfTime
 
 
 class Times(NamedTuple):
@@ -68,14 +79,19 @@ def synchronise(device: torch.device) -> None:
 
 
 def take_turns(
-    contestants: Mapping[str, Contestant], device: torch.device, *, seconds: float, pool: int
+    contestants: Mapping[str, Contestant], device: torch.device, *, seconds: float, pool: int, end: float = math.inf
 ) -> tuple[dict[str, Times], dict[str, str]]:
-    """The times of all contestants, round by round in a new order each, until the seconds are over; and who failed."""
+    """The times of all contestants, round by round in a new order each, until the seconds are over; and who failed.
+
+    At least ROUNDS_AT_LEAST rounds: OutOfTime where these are not begun before `end`.
+    """
     times = {name: Times([], []) for name in contestants}
     failed: dict[str, str] = {}
     begin = time.perf_counter()
     for round_number in range(ROUNDS_AT_MOST):
-        if round_number >= ROUNDS_AT_LEAST and time.perf_counter() - begin > seconds:
+        if round_number < ROUNDS_AT_LEAST:
+            check_time(end)
+        elif time.perf_counter() - begin > seconds:
             break
         names = [name for name in contestants if name not in failed]
         random.Random(round_number).shuffle(names)

@@ -25,6 +25,7 @@ from bench.loss_measure import (
     Contestant,
     Copy,
     Times,
+    check_time,
     device_milliseconds,
     extra_bytes,
     host_syncs,
@@ -64,6 +65,7 @@ class Task:
     draws: list[Draw]
     copy: Copy
     expected: Expected
+    end: float = math.inf  # of all the minutes, on the clock of time.perf_counter
 
     @property
     def device(self) -> torch.device:
@@ -144,6 +146,7 @@ def entrant(task: Task, provider: Provider) -> tuple[Contestant | None, dict[str
     told: dict[str, Any] = {}
     errors: dict[str, dict[str, float]] = {}
     for option in options_of(provider, task.pool.head):
+        check_time(task.end)
         name = option_name(option)
         contestant = task.contestant(loss, option)
         try:
@@ -243,7 +246,11 @@ def floor_of(task: Task, times: dict[str, Times], forms: dict[str, str]) -> dict
 
 
 def measured_task(task: Task, *, seconds: float, left_out: set[str]) -> dict[str, Any]:
-    """Everything that is told of one configuration; options, checks and rounds take about so many seconds."""
+    """Everything that is told of one configuration; options, checks and rounds take about so many seconds.
+
+    OutOfTime where the end of all the minutes comes first.
+    """
+    check_time(task.end)
     end = time.perf_counter() + seconds
     head, draw = task.pool.head, task.draws[0]
     rows: dict[str, dict[str, Any]] = {}
@@ -256,7 +263,7 @@ def measured_task(task: Task, *, seconds: float, left_out: set[str]) -> dict[str
         if contestant is not None:
             contestants[provider.name] = contestant
     left = max(0.0, end - time.perf_counter())
-    times, failed = take_turns(contestants, task.device, seconds=left, pool=len(task.draws))
+    times, failed = take_turns(contestants, task.device, seconds=left, pool=len(task.draws), end=task.end)
     for name, why in failed.items():
         if name in rows:
             rows[name] |= {"status": "failed", "reason": why}

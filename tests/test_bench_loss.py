@@ -2,10 +2,6 @@
 
 import importlib
 import json
-import os
-import re
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -31,6 +27,7 @@ from bench.loss_task import COPY, Task, entrant, floor_of
 from bench.plot_loss import main as plot
 from sft.errors import UserError
 from tests.conftest import ROOT
+from tests.devices import gpu_test
 
 CPU = torch.device("cpu")
 TOKENS, HIDDEN, VOCABULARY = 24, 16, 331
@@ -55,8 +52,9 @@ def report(tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("loss")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(loss_measure.COPIED, "cpu", 1 << 16)
+        patch.setattr(loss_measure, "ROUNDS_AT_MOST", 3)
         sizes = [f"--tokens={TOKENS}", f"--hidden_size={HIDDEN}", f"--vocabulary={VOCABULARY}", "--shares=1.0,0.3"]
-        main([*sizes, "--device=cpu", "--minutes=0.01", "--leave_out=torch.compile;TRL", f"--out_dir={out_dir}"])
+        main([*sizes, "--device=cpu", "--leave_out=torch.compile;TRL", f"--out_dir={out_dir}"])
     return json.loads((out_dir / "loss_cpu.json").read_text())
 
 
@@ -142,9 +140,10 @@ def test_an_option_that_is_wrong_or_fails_is_not_chosen_however_quick_it_is():
 
 def test_a_wrong_result_of_ours_fails_the_program(monkeypatch, tmp_path):
     monkeypatch.setattr("bench.loss_task.providers_of", lambda *_: [Provider(OURS, (HEAD,), lambda: half)])
+    monkeypatch.setattr(loss_measure, "ROUNDS_AT_MOST", 3)
     sizes = [f"--tokens={TOKENS}", f"--hidden_size={HIDDEN}", f"--vocabulary={VOCABULARY}", "--shares=1.0"]
     with pytest.raises(UserError, match="ours is wrong or failed in 1 of 1"):
-        main([*sizes, "--device=cpu", "--workloads=head", "--minutes=0.01", f"--out_dir={tmp_path}"])
+        main([*sizes, "--device=cpu", "--workloads=head", f"--out_dir={tmp_path}"])
     assert json.loads((tmp_path / "loss_cpu.json").read_text())["status"] == "finished"
 
 
@@ -318,21 +317,6 @@ def test_the_plot_is_drawn_from_a_result(report, tmp_path):
         plot([f"--result={result}", "--tokens=7"])
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.parametrize(("broken", "status"), [("pytest", 2), ("bench/loss.py", 2), ("nothing", 0)])
-def test_make_gpu_runs_the_benchmark_after_a_failing_test_and_tells_of_either(broken, status, tmp_path):
-    python, calls = tmp_path / "python", tmp_path / "calls"
-    python.write_text(f'#!/bin/sh\necho "$PYTHONPATH $*" >>{calls}\ncase "$*" in *{broken}*) exit 1;; esac\n')
-    python.chmod(0o755)
-    command = ["make", "gpu", f"PYTHON={python}", f"OUT={tmp_path / 'out'}"]
-    environment = {**os.environ, "PYTHONPATH": "elsewhere", "MAKEFLAGS": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stderr
-    tests, benchmark = calls.read_text().splitlines()
-    assert re.match(r"\.:elsewhere -m pytest -m gpu .*tests/test_gpu\.py", tests)
-    assert benchmark == f".:elsewhere bench/loss.py --device=cuda --out_dir={tmp_path / 'out'}"
-
-
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_a_committed_result_is_whole_and_its_goals_follow_from_it(path):
     result = json.loads(path.read_text())
@@ -352,8 +336,7 @@ def test_a_committed_result_is_whole_and_its_goals_follow_from_it(path):
         assert result["clocks_after"]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@gpu_test
 def test_memory_and_waiting_of_a_call_are_counted_on_a_gpu():
     device = torch.device("cuda", 0)
 
