@@ -12,6 +12,7 @@ from sft.errors import EXIT_FAILED, UserError
 from sft.kernels import masked_cross_entropy, products
 from sft.kernels.linear_cross_entropy import fused_head, masked_linear_cross_entropy
 from sft.loss import choose_loss
+from tests.devices import NOT_COMPILED, interpreted
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SCALES = [1 / n for n in range(3, 15)]  # as a trainer has them: another one in each step, none a float32
@@ -65,7 +66,9 @@ BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("form", "dtype"), [(Head, torch.float32), (Head, torch.float64), (Logits, torch.float32)])
+@pytest.mark.parametrize(
+    ("form", "dtype"), [(Head, torch.float32), (Head, torch.float64), interpreted(Logits, torch.float32)]
+)
 def test_twelve_scales_are_compiled_twice_and_give_the_bits_of_one_that_is_not(form, dtype, backend):
     compilations = []
 
@@ -207,6 +210,7 @@ def test_lack_of_memory_in_the_trial_ends_the_run_instead_of_choosing_another_ke
     assert raised.value.exit_status == EXIT_FAILED
 
 
+@NOT_COMPILED
 @pytest.mark.parametrize(
     "refused",
     [
