@@ -24,7 +24,6 @@ from bench.loss_providers import (
     eager_logits,
 )
 from bench.loss_task import COPY, Task, entrant, floor_of
-from bench.plot_loss import main as plot
 from sft.errors import UserError
 from tests.conftest import ROOT
 from tests.devices import gpu_test
@@ -308,6 +307,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 
 def test_the_plot_is_drawn_from_a_result(report, tmp_path):
     pytest.importorskip("matplotlib")
+    plot = importlib.import_module("bench.plot_loss").main
     result = tmp_path / "loss_cpu.json"
     result.write_text(json.dumps(report))
     plot([f"--result={result}"])

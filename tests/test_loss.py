@@ -15,10 +15,10 @@ from sft.kernels import linear_cross_entropy, reference
 from sft.loss import Loss, choose_loss
 from sft.step import SummedLoss, accumulate_gradients
 from tests.conftest import ROOT
+from tests.devices import gpu_test
 from tests.tiny import CPU_WORLD, random_documents, target_weight, tiny_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 LABELS = torch.tensor([0, 6, -100, 2, 2])
 
@@ -141,7 +141,7 @@ def test_the_step_foretells_its_upstream_gradient_to_the_bit(monkeypatch):
     original = linear_cross_entropy.scale_gradient_
 
     def noting(gradient, upstream, grad_scale, triton):
-        told.append((upstream.item(), torch.tensor(grad_scale, dtype=upstream.dtype).item()))
+        told.append((upstream.item(), torch.as_tensor(grad_scale, dtype=upstream.dtype).item()))
         original(gradient, upstream, grad_scale, triton)
 
     monkeypatch.setattr(linear_cross_entropy, "scale_gradient_", noting)
@@ -193,8 +193,7 @@ def test_interpreted_triton_gives_the_same_trajectory(arguments, tmp_path):
     assert told["triton"][1] == "fused head, cross-entropy in Triton: loss_kernel=triton"
 
 
-@needs_gpu
-@pytest.mark.gpu
+@gpu_test
 def test_fifty_steps_in_bf16_follow_the_definition_on_a_gpu(arguments, tmp_path):
     """To 1 % of the loss: what a rounding of bf16 changes early grows with the steps."""
     told = {}
