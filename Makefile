@@ -44,7 +44,7 @@ lint: setup ## ruff and mypy
 # tests are estimated at two minutes in four processes, five in one. What hangs is stopped, and what one has written stays,
 # whatever becomes of the other.
 BENCH_SECONDS ?= 310
-TEST_SECONDS ?= 160
+TEST_SECONDS ?= 150
 gpu: SHELL := /bin/bash
 gpu: ## the benchmark of the loss, then the GPU tests, with the machine's own Python; into $OUT, else out/gpu
 	mkdir -p $(OUT)

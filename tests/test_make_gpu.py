@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.loss import LossBenchmark
 from tests.conftest import ROOT
 
 BENCHMARK, TESTS = "bench/loss.py", "-m pytest"
@@ -55,6 +56,15 @@ def test_what_hangs_is_stopped_and_the_other_has_its_result(hanging: str, tmp_pa
 def test_without_xdist_the_tests_run_in_one_process(tmp_path: Path):
     _, (_, tests), _ = made(tmp_path, "*xdist*) exit 1;;")
     assert " -n " not in tests
+
+
+def test_both_fit_in_eight_minutes_and_the_benchmark_in_its_limit():
+    text = (ROOT / "Makefile").read_text()
+    limits = {name: int(value) for name, value in re.findall(r"^(\w+_SECONDS) \?= (\d+)", text, re.MULTILINE)}
+    grace = [int(seconds) for seconds in re.findall(r"timeout .*-k (\d+)", text)]
+    assert len(limits) == len(grace) == 2
+    assert sum(limits.values()) + sum(grace) <= 8 * 60
+    assert limits["BENCH_SECONDS"] >= LossBenchmark().minutes * 60 + 30
 
 
 def gpu_files() -> list[Path]:
