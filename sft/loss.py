@@ -116,7 +116,8 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" and dtype == torch.bfloat16:
         return "Triton's interpreter does not round to bfloat16"
     try:
-        return _trial(device, dtype)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            return _trial(device, dtype)
     except Exception as error:  # whatever a compiler, a driver or a missing library raises
         if products.is_out_of_memory(error):
             raise

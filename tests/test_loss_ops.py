@@ -11,6 +11,7 @@ from sft import loss as loss_module
 from sft.errors import EXIT_FAILED, UserError
 from sft.kernels import masked_cross_entropy, products
 from sft.kernels.linear_cross_entropy import fused_head, masked_linear_cross_entropy
+from sft.kernels.reference import masked_cross_entropy as reference_of_logits
 from sft.loss import choose_loss
 from tests.devices import NOT_COMPILED, interpreted
 
@@ -234,3 +235,66 @@ def test_the_trial_meets_every_specialisation_of_the_kernel(monkeypatch, refused
     assert loss_module.triton_problem(CPU, torch.float32) is None
     monkeypatch.setattr(masked_cross_entropy, "_launch", failing)
     assert "does not compile" in loss_module.triton_problem(CPU, torch.float32)
+
+
+SHARED = {
+    "transposed": lambda: torch.randn(11, 6).t(),
+    "every second column": lambda: torch.randn(6, 22)[:, ::2],
+    "one row for all": lambda: torch.randn(1, 11).expand(6, 11),
+    "overlapping rows": lambda: torch.randn(40).unfold(0, 11, 3)[:6],
+}
+
+
+@NOT_COMPILED
+@pytest.mark.parametrize("name", SHARED)
+def test_logits_that_cannot_be_overwritten_are_copied(name):
+    torch.manual_seed(0)
+    logits, labels = SHARED[name](), torch.tensor([1, -100, 3, 4, 10, 0])
+    found = []
+    for function, given in (
+        (masked_cross_entropy.masked_cross_entropy, logits),
+        (reference_of_logits, logits.double()),
+    ):
+        leaf = given.detach().requires_grad_()
+        loss = function(leaf, labels, overwrite=True).loss_sum
+        found.append([loss.detach(), *torch.autograd.grad(2 * loss, leaf)])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@NOT_COMPILED
+def test_rows_that_share_memory_are_not_overwritten():
+    with pytest.raises(AssertionError, match="share no memory"):
+        masked_cross_entropy.cross_entropy_(
+            torch.randn(1, 11).expand(2, 11), torch.zeros(2, dtype=torch.int64), None, 1.0, gradient=True, details=False
+        )
+
+
+def test_long_sums_of_half_precision_are_fp32_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(products, "CPU_SUM", 64)  # many parts
+    torch.manual_seed(0)
+    a, b = torch.randn(8, 8_192).bfloat16(), torch.randn(8_192, 16).bfloat16()
+    exact = a.double() @ b.double()
+    error = (products.product(a, b).double() - exact).norm() / exact.norm()
+    assert error < 3e-3  # the parts are bfloat16; adding them up in it makes 1e-2
+
+
+@pytest.mark.parametrize("wrong", [(21,), (1,), (20, 1)])
+def test_there_is_one_weight_for_each_label(wrong):
+    hidden, head, labels, _, rows = leaves(torch.float32)
+    with pytest.raises(AssertionError, match="one weight for each label"):
+        masked_linear_cross_entropy(hidden, head, labels, torch.ones(wrong), rows=rows)
+
+
+def test_weights_of_another_dtype_do_not_change_the_results():
+    hidden, head, labels, weights, rows = leaves(torch.float32)
+    loss = masked_linear_cross_entropy(hidden, head, labels, weights.double(), rows=rows, details=True)
+    assert {loss.loss_sum.dtype, loss.token_losses.dtype} == {torch.float32}
+
+
+@NOT_COMPILED
+def test_the_choice_is_the_same_where_gradients_are_off(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with mode:
+            assert choose_loss("triton", device=CPU, dtype=torch.float32).kernel == "triton"

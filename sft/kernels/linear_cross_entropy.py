@@ -12,7 +12,6 @@ Memory beside the weight gradient: the logits of a chunk, its hidden states, and
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from sft.kernels.products import accumulation_dtype, add_product, product
 from sft.kernels.reference import CrossEntropy
-from sft.kernels.upstream import foretold, is_traced, rest
+from sft.kernels.upstream import SMALLEST_SCALE, foretold, is_traced, rest
 from sft.samples import NOT_TRAINED
 
 CUDA_BYTES = 1_300_000_000  # at most so much extra, beside the weight gradient and a head that autocast converts
@@ -56,9 +55,11 @@ def masked_linear_cross_entropy(
     dtype = compute_dtype(hidden)
     assert hidden.ndim == head_weight.ndim == 2, "hidden is (M, D), head_weight (V, D)"
     assert hidden.shape[1] == head_weight.shape[1], "hidden and head_weight differ in width"
-    assert dtype != hidden.dtype or head_weight.dtype == dtype or torch.is_autocast_enabled(hidden.device.type)
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    assert autocast or hidden.dtype == head_weight.dtype, "hidden and head_weight differ in dtype, without autocast"
     assert len(labels) == (len(hidden) if rows is None else len(rows)), "one label for each row"
-    assert 0 < grad_scale < math.inf
+    assert weights is None or weights.shape == labels.shape, "one weight for each label"
+    assert SMALLEST_SCALE <= grad_scale <= 1 / SMALLEST_SCALE, "a scale whose products with gradients fp32 holds"
     assert weights is None or not weights.requires_grad, "the weights have no gradient; the reference gives one"
     if triton is None:
         triton = hidden.is_cuda and dtype != torch.float64
@@ -307,7 +308,7 @@ def cross_entropy_(job: Job, logits: Tensor, labels: Tensor, weights: Tensor | N
     rows = -(-max(1, (CUDA_BLOCK if logits.is_cuda else CPU_BLOCK) // logits.shape[1]) // threads) * threads
     factors = labels.ne(NOT_TRAINED).to(accumulation_dtype(job.dtype)).mul_(job.grad_scale)
     if weights is not None:
-        factors = torch.where(factors != 0, factors * weights, 0.0)
+        factors = torch.where(factors != 0, factors * weights.to(factors.dtype), 0.0)
     parts = [
         block_cross_entropy_(*block, gradient=gradient, details=job.details)
         for block in zip(logits.split(rows), labels.split(rows), factors.split(rows), strict=True)

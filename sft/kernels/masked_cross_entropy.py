@@ -26,7 +26,6 @@ a label outside the vocabulary other than -100, and nothing outside the row is r
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from sft.kernels import cross_entropy_kernels
 from sft.kernels.reference import CrossEntropy
-from sft.kernels.upstream import foretold, is_traced, rest
+from sft.kernels.upstream import SMALLEST_SCALE, foretold, is_traced, rest
 from sft.samples import NOT_TRAINED
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -86,14 +85,15 @@ def masked_cross_entropy(
     logits (N, V) in bf16, fp16 or fp32. A call that needs the gradient computes it at once, times `grad_scale`, and the
     backward pass multiplies it by what is left of the upstream gradient, if anything. With `overwrite` it takes the
     place of logits, which nothing may read any more (also no checkpoint that ends before this call); without, it has
-    memory of its own. Logits whose columns are not contiguous are copied first. `configuration` is an index into
-    CONFIGURATIONS, for benchmarks.
+    memory of its own. Logits whose columns are not contiguous, or whose rows share memory, are
+    copied first. `configuration` is an index into CONFIGURATIONS, for benchmarks.
     """
     _check(logits, labels, weights)
-    assert 0 < grad_scale < math.inf
+    assert SMALLEST_SCALE <= grad_scale <= 1 / SMALLEST_SCALE, "a scale whose products with gradients fp32 holds"
     scale = foretold(grad_scale, logits, torch.float32)
     if torch.is_grad_enabled() and logits.requires_grad:
-        outputs = _CrossEntropy.apply(logits, labels, weights, scale, details, overwrite, configuration)
+        may_overwrite = overwrite and _rows_apart(logits)
+        outputs = _CrossEntropy.apply(logits, labels, weights, scale, details, may_overwrite, configuration)
     else:
         *told, _ = cross_entropy(logits, labels, weights, scale, False, details, configuration)
         outputs = (_weighted_sum(told[0], weights), *told)
@@ -120,6 +120,7 @@ def cross_entropy_(
     _check(logits, labels, weights)
     scale = _scalar(grad_scale, logits)
     if gradient:
+        assert _rows_apart(logits) or not _has_vectors(logits), "rows that are overwritten share no memory"
         losses, entropies, correct = overwrite_cross_entropy(logits, labels, weights, scale, details, configuration)
     else:
         losses, entropies, correct, _ = cross_entropy(logits, labels, weights, scale, False, details, configuration)
@@ -334,6 +335,10 @@ def _results(labels: Tensor, details: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def _has_vectors(logits: Tensor) -> bool:
     return logits.shape[1] == 1 or logits.stride(1) == 1
+
+
+def _rows_apart(logits: Tensor) -> bool:
+    return _has_vectors(logits) and (len(logits) <= 1 or logits.stride(0) >= logits.shape[1])
 
 
 def _readable(logits: Tensor) -> Tensor:

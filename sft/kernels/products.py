@@ -27,7 +27,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         if a.dtype in HALF and half_precision_adds(a.device, a.dtype) is not add_widened:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.mm(a, b)
-    total = torch.mm(a[:, :CPU_SUM], b[:CPU_SUM])
+    total = torch.mm(a[:, :CPU_SUM], b[:CPU_SUM]).to(accumulation_dtype(a.dtype))
     for start in range(CPU_SUM, a.shape[1], CPU_SUM):
         total += torch.mm(a[:, start : start + CPU_SUM], b[start : start + CPU_SUM])  # addmm would go on from the total
     return total

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SMALLEST_SCALE = 1e-30  # and its inverse the largest: products with gradients stay within fp32
+
 
 def foretold(grad_scale: float, like: Tensor, dtype: torch.dtype) -> Tensor:
     """grad_scale as a scalar beside `like`, rounded as in `loss * grad_scale` for a loss of this dtype.
