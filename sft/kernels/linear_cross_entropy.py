@@ -48,7 +48,7 @@ def masked_linear_cross_entropy(
 ) -> CrossEntropy:
     """What reference.masked_linear_cross_entropy gives, see there; differentiable once, by hidden and head_weight.
 
-    Once: a second backward pass is refused, but not by a graph that inductor compiled, which scales again without a word.
+    Once: a second backward pass is refused, though not by a graph of inductor, which scales again without a word.
     Never waits for a GPU. Under autocast it computes in autocast's dtype, and the gradient of an fp32 head stays fp32.
     `triton` decides who computes the cross-entropy of a chunk; None = Triton on CUDA, PyTorch elsewhere. Where this
     call itself is compiled, backward may not change what forward saved: it reads and writes each gradient once more.
