@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from sft.kernels.products import accumulation_dtype, add_product, product
 from sft.kernels.reference import CrossEntropy
@@ -147,7 +148,7 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-@torch.library.custom_op("sft::masked_linear_cross_entropy", mutates_args=())
+@custom_op("sft::masked_linear_cross_entropy", mutates_args=())
 def fused_head(
     hidden: Tensor,
     head_weight: Tensor,

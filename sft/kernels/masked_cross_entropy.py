@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from sft.kernels import cross_entropy_kernels
 from sft.kernels.reference import CrossEntropy
@@ -192,7 +193,7 @@ def _weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
     return (losses if weights is None else losses * weights.float()).sum()
 
 
-@torch.library.custom_op("sft::cross_entropy", mutates_args=())
+@custom_op("sft::cross_entropy", mutates_args=())
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -222,7 +223,7 @@ def _(
     return *_results(labels, details), _like(_readable(logits)) if gradient else logits.new_empty(0)
 
 
-@torch.library.custom_op("sft::cross_entropy_", mutates_args=("logits",))
+@custom_op("sft::cross_entropy_", mutates_args=("logits",))
 def overwrite_cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -252,7 +253,7 @@ def _(
     return _results(labels, details)
 
 
-@torch.library.custom_op("sft::scale_", mutates_args=("tensor",))
+@custom_op("sft::scale_", mutates_args=("tensor",))
 def scale_in_place(tensor: Tensor, factor: Tensor, divisor: Tensor) -> None:
     if tensor.numel() == 0:
         return
