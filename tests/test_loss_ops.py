@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
-from torch.library import opcheck
+from torch import library, nn
 
 import tests.interpreted  # noqa: F401  # before the kernels
 from sft import loss as loss_module
@@ -40,7 +39,7 @@ def test_the_fused_head_is_a_sound_operator(dtype, needs, details, n, plain):
     hidden, head, labels, weights, rows = leaves(dtype, M=20, n=n)
     scale = torch.tensor(0.3, dtype=dtype)
     others = (None, None) if plain else (weights, rows)
-    opcheck(fused_head, (hidden.detach(), head, labels, *others, scale, *needs, details, dtype, False))
+    library.opcheck(fused_head, (hidden.detach(), head, labels, *others, scale, *needs, details, dtype, False))
 
 
 class Head(nn.Module):

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -152,7 +152,7 @@ def test_the_operations_keep_the_rules_of_torch_library(device: str, dtype: torc
     names = {str(operation) for operation, _ in calls.seen}
     assert names >= {"sft.cross_entropy.default", "sft.cross_entropy_.default"}
     for operation, arguments in calls.seen:
-        torch.library.opcheck(operation, tuple(arguments))
+        library.opcheck(operation, tuple(arguments))
 
 
 @each_dtype

@@ -15,8 +15,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from sft.kernels.products import accumulation_dtype, add_product, product
 from sft.kernels.reference import CrossEntropy
@@ -148,7 +147,7 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-@custom_op("sft::masked_linear_cross_entropy", mutates_args=())
+@library.custom_op("sft::masked_linear_cross_entropy", mutates_args=())
 def fused_head(
     hidden: Tensor,
     head_weight: Tensor,

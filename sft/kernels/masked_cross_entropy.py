@@ -29,8 +29,7 @@ import contextlib
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from sft.kernels import cross_entropy_kernels
 from sft.kernels.reference import CrossEntropy
@@ -193,7 +192,7 @@ def _weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
     return (losses if weights is None else losses * weights.float()).sum()
 
 
-@custom_op("sft::cross_entropy", mutates_args=())
+@library.custom_op("sft::cross_entropy", mutates_args=())
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -223,7 +222,7 @@ def _(
     return *_results(labels, details), _like(_readable(logits)) if gradient else logits.new_empty(0)
 
 
-@custom_op("sft::cross_entropy_", mutates_args=("logits",))
+@library.custom_op("sft::cross_entropy_", mutates_args=("logits",))
 def overwrite_cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -253,7 +252,7 @@ def _(
     return _results(labels, details)
 
 
-@custom_op("sft::scale_", mutates_args=("tensor",))
+@library.custom_op("sft::scale_", mutates_args=("tensor",))
 def scale_in_place(tensor: Tensor, factor: Tensor, divisor: Tensor) -> None:
     if tensor.numel() == 0:
         return
