@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +46,6 @@ TOLERANCES = {
     torch.float32: {"loss": 1e-4, "hidden gradient": 1e-3, "head gradient": 1e-3, "logits gradient": 1e-3},
 }
 COPY, PRODUCT = "floor: copy", "floor: "
-
-
-class Entrant(NamedTuple):
-    """A provider with the option that it is measured with."""
-
-    contestant: Contestant
-    result: dict[str, Any]
 
 
 @dataclass(frozen=True)
