@@ -7,7 +7,6 @@ torchrun --standalone --nproc_per_node=8 train_sft.py configs/sft_qwen3_1.8b.py
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from model_builder import ConfigurableGPT, load_pretrained
 from model_config import PRESETS, ModelArchitectureConfig, architecture_problems, forward_flops, parameter_count
 from sft import elsewhere, startup
+from sft.announcement import Plan, announce
 from sft.arrays import PreparedData
 from sft.batches import TrainLoader
 from sft.config import Resolved, fingerprint, load_settings, to_dict
@@ -173,7 +173,7 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
     try:
         if saved is not None:
             run.restore(saved)
-        announce(settings, run, model, data, resume_path, steps=steps)
+        announce(run, plan_of(settings, run, model.config, resume_path, steps=steps))
         loop(settings, run, steps=steps)
     except torch.cuda.OutOfMemoryError as error:
         run.close("failed: out of memory")
@@ -183,6 +183,22 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
         run.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}: {error}")
         raise
     run.close("finished")
+
+
+def plan_of(
+    settings: TrainSettings, run: Run, config: ModelArchitectureConfig, resume_path: Path | None, *, steps: int
+) -> Plan:
+    source = resume_path or settings.checkpoint_path or "new, random weights"
+    return Plan(
+        model=f"{parameter_count(config):,} parameters, {source}",
+        parameters=parameter_count(config),
+        steps=steps,
+        micro_steps=settings.micro_steps(run.world.size),
+        batch_size=settings.batch_size,
+        schedule=f"{settings.lr_schedule} learning rate after {settings.warmup_iters} steps of warm-up",
+        compiled=settings.compiles(run.world.device),
+        resumed=resume_path,
+    )
 
 
 def loop(settings: TrainSettings, run: Run, *, steps: int) -> None:
@@ -327,53 +343,6 @@ def build_run(
             "tokenizer_fingerprint": data.meta["tokenizer_fingerprint"],
         },
     )
-
-
-def announce(
-    settings: TrainSettings,
-    run: Run,
-    model: ConfigurableGPT,
-    data: PreparedData,
-    resume_path: Path | None,
-    *,
-    steps: int,
-) -> None:
-    """Say what is about to happen."""
-    world, stream, rows = run.world, run.loader.stream, run.loader.rows_per_step
-    on_gpu = world.device.type == "cuda"
-    device = torch.cuda.get_device_name(world.device) if on_gpu else "CPU"
-    compute = str(run.local_loss.autocast_dtype or model.head_weight.dtype).removeprefix("torch.")
-    source = resume_path or settings.checkpoint_path or "new, random weights"
-    parameters = parameter_count(model.config)
-    lengths = stream.lengths_in(0)  # an epoch's: as often as the sources' weights ask for
-    fill = float(lengths.sum() / (stream.rows_per_epoch * settings.block_size))
-    micro_steps = settings.micro_steps(world.size)
-    sentences = {
-        "model": f"{parameters:,} parameters, {source}",
-        "data": f"{len(lengths):,} samples in {stream.rows_per_epoch:,} rows of {settings.block_size} tokens "
-        f"({fill:.1%} filled), {len(run.validation.rows):,} validation rows",
-        "step": f"{settings.batch_size} rows x {micro_steps} micro-steps x {world.size} "
-        f"{'GPUs' if on_gpu else 'processes'} = {rows} rows = {rows * settings.block_size:,} tokens a step",
-        "run": f"{steps} steps = {steps * rows / stream.rows_per_epoch:.2f} epochs from step {run.iter_num}, "
-        f"{settings.lr_schedule} learning rate after {settings.warmup_iters} steps of warm-up",
-        "compute": f"{compute} on {device}{', compiled blocks' if settings.compiles(world.device) else ''}",
-        "loss": str(run.local_loss.loss),
-    }
-    run.journal.startup(
-        sentences,
-        parameters=parameters,
-        model_args=run.constants["model_args"],
-        steps=steps,
-        rows_per_step=rows,
-        rows_per_epoch=stream.rows_per_epoch,
-        row_fill=fill,
-        world_size=world.size,
-        device=device,
-        torch=torch.__version__,
-        python=platform.python_version(),
-    )
-    if resume_path is not None:
-        run.journal.event("resumed", iter=run.iter_num, path=str(resume_path))
 
 
 if __name__ == "__main__":
