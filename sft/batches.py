@@ -132,6 +132,13 @@ class StepBatches(NamedTuple):
     target_weight: float
 
 
+class WeighedBatch(NamedTuple):
+    """A batch, and the normaliser of the step that it belongs to."""
+
+    batch: Batch
+    target_weight: float
+
+
 @dataclass(frozen=True)
 class TrainLoader:
     """Which rows a step takes and which of them this rank computes.
@@ -150,6 +157,18 @@ class TrainLoader:
     pad_id: int
     seed: int
     device: torch.device
+
+    @property
+    def micro_steps(self) -> int:
+        """Batches of one rank in a step."""
+        return self.rows_per_step // (self.batch_size * self.world_size)
+
+    def steps(self, step: int, *, rows_seen: int, end: int) -> Iterator[WeighedBatch]:
+        """This rank's batches of the steps from `step` to before `end`, one after the other."""
+        for number in range(step, end):
+            batches, target_weight = self.step(number, rows_seen=rows_seen + (number - step) * self.rows_per_step)
+            for batch in batches:
+                yield WeighedBatch(batch, target_weight)
 
     def step(self, step: int, *, rows_seen: int) -> StepBatches:
         """Batches are made one by one as they are asked for; the normaliser comes from disk, before any forward."""
