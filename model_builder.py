@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model_config import ModelArchitectureConfig, parameter_count
+from sft import recompute
 from sft.attention import Documents, KeyValueCache, causal_attention
 from sft.errors import UserError
 from sft.pretrained import open_pretrained
@@ -41,7 +41,7 @@ class ConfigurableGPT(nn.Module):
             self.final_norm = build_norm(config)
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.config = config
-        self.activation_checkpointing = False  # recompute each block in the backward instead of keeping it
+        self.activation_checkpointing: recompute.Recomputing = "none"  # what of a block the backward computes again
         self.compiled = False
         self.to_empty(device=device)
         self._tie_head()
@@ -74,10 +74,7 @@ class ConfigurableGPT(nn.Module):
         rotary = rotary_tables(positions, self.config) if self.config.position_encoding == "rope" else None
         for i, block in enumerate(self.blocks):
             past = None if cache is None else cache[i]
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, rotary, documents, past, use_reentrant=False)
-            else:
-                x = block(x, rotary, documents, past)
+            x = block(x, rotary, documents, past, self.activation_checkpointing if self.training else "none")
         return self.final_norm(x)
 
     @property
@@ -192,6 +189,17 @@ class Block(nn.Module):
         self.residual_dropout = nn.Dropout(config.residual_dropout_rate)
 
     def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        documents: Documents | None,
+        cache: KeyValueCache | None,
+        recomputing: recompute.Recomputing = "none",
+    ) -> Tensor:
+        draws = self.residual_dropout.p > 0 or self.attn.dropout > 0
+        return recompute.run(self._compute, x, rotary, documents, cache, recomputing=recomputing, draws=draws)
+
+    def _compute(
         self, x: Tensor, rotary: Rotary | None, documents: Documents | None, cache: KeyValueCache | None
     ) -> Tensor:
         if self.norm_first:

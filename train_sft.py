@@ -28,6 +28,7 @@ from sft.loss import Loss, LossKernel, choose_loss
 from sft.optim import Schedule, learning_rate_at, make_optimizer
 from sft.packing import RowStream
 from sft.progress import Totals
+from sft.recompute import Recomputing
 from sft.run import Run
 from sft.run_log import RunLog
 from sft.world import DeviceChoice, World, join_world
@@ -86,7 +87,7 @@ class TrainSettings:
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # of computing; auto = bfloat16 on CUDA
     compile: bool | None = None  # torch.compile the blocks; None = on CUDA
     loss_kernel: LossKernel = "auto"  # of the head and its loss; auto = triton on CUDA, else torch; all are exact
-    activation_checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, more time
+    activation_checkpointing: Recomputing = "none"  # recomputed in the backward: selective = cheap parts, full = blocks
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """(setting, what is wrong with it) for every value that cannot be used."""
@@ -177,7 +178,7 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
         loop(settings, run, steps=steps)
     except torch.cuda.OutOfMemoryError as error:
         run.close("failed: out of memory")
-        remedy = "lower batch_size or block_size, or set activation_checkpointing=True"
+        remedy = "lower batch_size or block_size, or set activation_checkpointing=full"
         raise UserError(f"the GPU is out of memory; {remedy}", exit_status=EXIT_FAILED) from error
     except BaseException as error:
         run.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}: {error}")

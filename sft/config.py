@@ -50,9 +50,9 @@ def load_settings(
 ) -> Resolved[S]:
     """The settings that argv asks for; UserError lists every problem of all the sources, with file and line.
 
-    `elsewhere` maps names that other projects use to a sentence that says what to do here instead. A method
-    `contradictions(self)` of cls yields (setting name, message) for values that are fine alone but not together.
-    `--help` prints the table of settings and exits with status 0.
+    `elsewhere` maps names that other projects use, and `name=value` that was once right, to a sentence that says what
+    to do here instead. A method `contradictions(self)` of cls yields (setting name, message) for values that are fine
+    alone but not together. `--help` prints the table of settings and exits with status 0.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, usage or f"python {sys.argv[0]} [config.py | run_*.json ...] [--name=value ...]"))
@@ -94,7 +94,8 @@ def assign(
             values[item.name] = value_of(item, hints[item.name])
             origins[item.name] = item.origin
         except ValueError as error:
-            problems.append(f"{item.origin}: {error}")
+            instead = elsewhere.get(f"{item.name}={item.value}".lower())
+            problems.append(f"{item.origin}: {error}" + (f"; {instead}" if instead else ""))
             doubtful.add(item.name)
     return values, origins, problems, doubtful
 

@@ -17,7 +17,7 @@ TRAIN = {
     "dataset": "prepare it with prepare_sft.py and set sft_data_dir",
     "eval_iters": "evaluation covers the whole validation split; eval_rows limits it",
     "eval_only": "tools read checkpoints; training always trains",
-    "use_fsdp": "training is DDP; activation_checkpointing=True saves memory",
+    "use_fsdp": "training is DDP; activation_checkpointing=full saves memory",
     "max_steps": "it is called max_iters here",
     "num_train_epochs": "it is called max_epochs here",
     "epochs": "it is called max_epochs here",
@@ -34,6 +34,8 @@ TRAIN = {
     "bf16": "it is called dtype here: dtype='bfloat16'",
     "fp16": "there is no fp16 training; dtype='bfloat16' needs no loss scaling",
     "gradient_checkpointing": "it is called activation_checkpointing here",
+    "activation_checkpointing=true": "what was True is 'full' now",
+    "activation_checkpointing=false": "what was False is 'none' now",
     "warmup_steps": "it is called warmup_iters here",
     "max_grad_norm": "it is called grad_clip here",
 }

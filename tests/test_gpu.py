@@ -88,11 +88,11 @@ def test_the_trainer_runs_with_its_defaults_and_resumes(arguments, tmp_path, com
 
 def test_memory_falls_with_activation_checkpointing(arguments, tmp_path):
     peaks = []
-    for recompute in (False, True):
+    for recompute in ("none", "full"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         shape = {**SHAPE, "n_layer": 8, "n_embd": 256}
-        out_dir = tmp_path / str(recompute)
+        out_dir = tmp_path / recompute
         settings = {"model": shape, "batch_size": 16, "device": "cuda", "compile": False, "out_dir": out_dir}
         train_sft.main(arguments(**settings, activation_checkpointing=recompute, max_iters=2, eval_interval="none"))
         peaks.append(torch.cuda.max_memory_allocated())

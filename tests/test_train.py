@@ -140,7 +140,7 @@ def test_rows_per_step_fixes_the_product_and_max_epochs_the_length(arguments, tm
 
 
 @pytest.mark.parametrize(
-    "change", [{"activation_checkpointing": True}, {"batch_size": 2, "gradient_accumulation_steps": 1}]
+    "change", [{"activation_checkpointing": "full"}, {"batch_size": 2, "gradient_accumulation_steps": 1}]
 )
 def test_memory_settings_do_not_change_the_trajectory(arguments, tmp_path, change):
     plain, changed = tmp_path / "plain", tmp_path / "changed"
