@@ -31,6 +31,7 @@ from sft.progress import Totals
 from sft.recompute import Recomputing
 from sft.run import Run
 from sft.run_log import RunLog
+from sft.tracing import StepTrace
 from sft.world import DeviceChoice, World, join_world
 
 # names of numbers, their range in words, and the range
@@ -88,6 +89,7 @@ class TrainSettings:
     compile: bool | None = None  # torch.compile the blocks; None = on CUDA
     loss_kernel: LossKernel = "auto"  # of the head and its loss; auto = triton on CUDA, else torch; all are exact
     activation_checkpointing: Recomputing = "none"  # recomputed in the backward: selective = cheap parts, full = blocks
+    profile: bool = False  # write a Chrome trace of three early steps, and their dearest operators, into out_dir
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """(setting, what is wrong with it) for every value that cannot be used."""
@@ -212,8 +214,8 @@ def loop(settings: TrainSettings, run: Run, *, steps: int) -> None:
     if run.iter_num == 0 and settings.eval_interval is not None:
         run.evaluate()
     if run.world.size > 1 or settings.compiles(run.world.device):
-        run.warm_up()
-    run.progress.start_clock()
+        run.warm_up(evaluates=settings.eval_interval is not None)
+    run.start()
     while run.iter_num < steps:
         learning_rate = learning_rate_at(
             run.iter_num,
@@ -306,6 +308,7 @@ def build_run(
     loss: Loss,
 ) -> Run:
     settings, world = resolved.settings, journal.world
+    out_dir, profiles = Path(settings.out_dir), settings.profile and world.is_main
 
     def training_flops(totals: Totals) -> int:
         """The backward pass has two matrix products for each of the forward's."""
@@ -331,10 +334,11 @@ def build_run(
             pad_id=loader.pad_id,
             seed=settings.seed,
             limit=settings.eval_rows,
+            one_shape=settings.compiles(world.device),
         ),
         journal=journal,
         training_flops=training_flops,
-        out_dir=Path(settings.out_dir),
+        out_dir=out_dir,
         keep_checkpoints=settings.keep_checkpoints,
         constants={
             "model_args": model.config.to_dict(),
@@ -343,6 +347,7 @@ def build_run(
             "data_fingerprint": data.fingerprint,
             "tokenizer_fingerprint": data.meta["tokenizer_fingerprint"],
         },
+        trace=StepTrace(out_dir / "trace_rank0.json.gz", device=world.device) if profiles else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from sft.arrays import Samples
-from sft.batches import make_batch, read_row
+from sft.batches import Batch, make_batch, read_row
 from sft.packing import Row, RowStream
 from sft.step import SummedLoss
 from sft.world import World
@@ -31,6 +32,7 @@ class Validation:
     pad_id: int
     seed: int  # decides which rows come first, where there is a limit
     limit: int | None  # at most so many rows; None = all
+    one_shape: bool = False  # fill the last batch with empty rows, for which compiled blocks need no new graph
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -49,20 +51,34 @@ class Validation:
         assert self.rows, "there is nothing to evaluate on"
         was_training = loss_module.training
         loss_module.eval()
-        mine = self.rows[world.rank :: world.size]
+        mine = self._share(world)
         # loss sum, sum of target weights, trained tokens
         totals = torch.zeros(3, dtype=torch.float64, device=world.device)
         for first in range(0, len(mine), self.batch_size):
             rows = mine[first : first + self.batch_size]
-            batch = make_batch(
-                [read_row(self.samples, row) for row in rows],
-                block_size=self.block_size,
-                pad_id=self.pad_id,
-                device=world.device,
-            )
+            batch = self._batch(rows, world.device)
             totals[0] += loss_module(batch)
             totals[1] += sum(float(self.samples.targets[row].sum()) for row in rows)
             totals[2] += batch.trained_tokens
         loss_module.train(was_training)
         loss_sum, target_weight, trained_tokens = world.sum(totals).tolist()
         return Evaluation(loss_sum / target_weight, int(trained_tokens), len(self.rows))
+
+    @torch.no_grad()
+    def try_out(self, loss_module: SummedLoss, world: World) -> None:
+        """One batch as evaluate() would compute it, for this rank alone, so that what it compiles is ready."""
+        if mine := self._share(world):
+            was_training = loss_module.training
+            loss_module.eval()
+            loss_module(self._batch(mine[: self.batch_size], world.device))
+            loss_module.train(was_training)
+
+    def _share(self, world: World) -> list[Row]:
+        return self.rows[world.rank :: world.size]
+
+    def _batch(self, rows: Sequence[Row], device: torch.device) -> Batch:
+        documents = [read_row(self.samples, row) for row in rows]
+        empty = self.batch_size - len(rows) if self.one_shape else 0
+        return make_batch(
+            [*documents, *([] for _ in range(empty))], block_size=self.block_size, pad_id=self.pad_id, device=device
+        )

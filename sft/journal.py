@@ -23,6 +23,8 @@ class Journal:
         self.steps = steps
         self.peak_flops = peak_flops(world.device)
         self.started = time.perf_counter()
+        self.seconds = self.stall_seconds = 0.0  # of all steps told of
+        self.recompiled = 0
 
     def startup(self, sentences: Mapping[str, str], **facts: Any) -> None:
         """Print one aligned line per topic; keep them and the facts in the log."""
@@ -35,8 +37,20 @@ class Journal:
         if self.log:
             self.log.event(kind, **details)
 
-    def iteration(self, iter_num: int, totals: Totals, *, learning_rate: float, grad_norm: float, flops: float) -> None:
-        """One record for the steps since the last: means over their trained tokens, rates over their time."""
+    def iteration(
+        self,
+        iter_num: int,
+        totals: Totals,
+        *,
+        learning_rate: float,
+        grad_norm: float,
+        flops: float,
+        recompiled: int,
+    ) -> None:
+        """One record for the steps since the last: means over their trained tokens, rates over their time.
+
+        `recompiled` is the number of graphs that torch.compile has made meanwhile.
+        """
         tokens_per_second = totals.tokens / totals.seconds
         record: dict[str, Any] = {
             "iter": iter_num,
@@ -49,13 +63,22 @@ class Journal:
             "tokens_per_second": tokens_per_second,
             "mfu": model_flops_utilisation(flops, totals.seconds, world_size=self.world.size, peak=self.peak_flops),
             "memory_gib": memory_gib(self.world.device),
+            "trained_tokens_per_second": totals.trained_tokens / totals.seconds,
+            "stall_ms": 1000 * totals.stall_seconds / totals.steps,
+            "recompiled": recompiled,
         }
+        self.seconds += totals.seconds
+        self.stall_seconds += totals.stall_seconds
+        self.recompiled += recompiled
         mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:4.0%}"
         self.world.print(
             f"{self._step(iter_num)}  loss {totals.loss:7.4f}  lr {learning_rate:.2e}  norm {grad_norm:6.2f}"
-            f"  {record['time_ms']:7.0f} ms  {_thousands(tokens_per_second)} tok/s{mfu}"
-            f"  {record['memory_gib']:5.1f} GiB"
+            f"  {record['time_ms']:7.0f} ms  {_thousands(tokens_per_second)} tok/s"
+            f"  {_thousands(record['trained_tokens_per_second'])} trained/s{mfu}  {record['memory_gib']:5.1f} GiB"
         )
+        if recompiled:
+            self.world.print(f"{self._step(iter_num)}  {recompiled} graphs compiled since the last line")
+            self.event("recompiled", iter=iter_num, graphs=recompiled)
         if self.log:
             self.log.iteration(**record)
 
@@ -79,10 +102,17 @@ class Journal:
         if self.log:
             self.log.checkpoint(iter=iter_num, path=path, is_best=is_best)
 
+    def trace(self, iter_num: int, sentence: str) -> None:
+        """The steps before this one were slower than others: they were traced."""
+        self.world.print(f"{self._step(iter_num)}  {sentence}")
+        self.event("traced", iter=iter_num, sentence=sentence)
+
     def close(self, status: str, **summary: Any) -> None:
         """The last word: finished, interrupted, or failed: cause."""
         if self.log:
-            self.log.finish(status, {**summary, "seconds": time.perf_counter() - self.started})
+            stall_share = self.stall_seconds / self.seconds if self.seconds else None
+            speed = {"stall_share": stall_share, "recompiled": self.recompiled}
+            self.log.finish(status, {**summary, **speed, "seconds": time.perf_counter() - self.started})
             self.world.print(f"{status}; the run log is {self.log.path}")
 
     def _step(self, iter_num: int) -> str:

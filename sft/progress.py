@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sft.batches import Batch
+from sft.phases import phase
 from sft.world import World
 
 
@@ -26,6 +27,7 @@ class Totals:
     tokens: int = 0
     attended_pairs: int = 0
     seconds: float = 0.0  # of this process, in steps alone
+    stall_seconds: float = 0.0  # the part of them in which it waited for a batch, or told of earlier steps
 
     @property
     def loss(self) -> float:
@@ -44,8 +46,13 @@ class Progress:
         self._clock: float | None = None  # when the time not yet in totals began; None while it stands still
 
     def counting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches, each counted as it passes."""
-        for batch in batches:
+        """The same batches, each counted as it passes; the time that they take to come is stall."""
+        waiting = iter(batches)
+        while True:
+            with self.stalled(), phase("batch"):
+                batch = next(waiting, None)
+            if batch is None:
+                return
             for place, count in enumerate((batch.trained_tokens, batch.tokens, batch.attended_pairs)):
                 self._counts[place] += count
             yield batch
@@ -87,6 +94,13 @@ class Progress:
         self._clock = None
         yield
         self.start_clock()
+
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Time inside is step time in which no step gets on."""
+        started = time.perf_counter()
+        yield
+        self.totals.stall_seconds += time.perf_counter() - started
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to log the same means; call flush() on every rank first."""

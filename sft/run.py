@@ -12,14 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sft.batches import TrainLoader
+from sft.batches import TrainLoader, WeighedBatch
 from sft.checkpoint import save_checkpoint
+from sft.collector import QuietCollector
 from sft.errors import EXIT_FAILED, UserError
 from sft.evaluation import Validation
 from sft.journal import Journal
 from sft.loss import Loss
+from sft.phases import phase
+from sft.prefetch import Ahead
 from sft.progress import Progress, Totals
+from sft.speed import compiled_graphs
 from sft.step import SummedLoss, accumulate_gradients, train_step
+from sft.tracing import StepTrace
 from sft.world import World
 
 
@@ -41,8 +46,9 @@ class Run:
         out_dir: Path,
         keep_checkpoints: int | None,
         constants: Mapping[str, Any],
+        trace: StepTrace | None = None,
     ):
-        """`constants` go into every checkpoint as they are: what the run was made of."""
+        """`constants` go into every checkpoint as they are: what the run was made of. `trace` is to be made of it."""
         self.world, self.model, self.optimizer = world, model, optimizer
         self.loader, self.validation, self.journal = loader, validation, journal
         self.training_flops = training_flops
@@ -50,6 +56,10 @@ class Run:
         self.local_loss = SummedLoss(model, autocast_dtype=autocast_dtype, loss=loss)
         self.loss_module = world.wrap(self.local_loss)
         self.progress = Progress(world)
+        self.collector = QuietCollector()
+        self.trace = trace
+        self.ahead: Ahead[WeighedBatch] | None = None
+        self.graphs = 0  # that torch.compile has made until the last record
         self.learning_rate = 0.0  # of the last update
         self.grad_norm = torch.zeros(())  # of the last update, on the device
         self.iter_num = 0  # completed steps
@@ -58,61 +68,90 @@ class Run:
         self.val_loss: float | None = None
         self.best_val_loss: float | None = None
 
-    def warm_up(self) -> None:
-        """One discarded forward and backward: DDP rebuilds its buckets after its first, and compiling is not a step."""
-        step = self.loader.step(self.iter_num, rows_seen=self.rows_seen)
-        first = itertools.islice(step.batches, 1)
-        accumulate_gradients(self.loss_module, first, target_weight=step.target_weight, world=self.world)
-        self.optimizer.zero_grad(set_to_none=True)
+    def warm_up(self, *, evaluates: bool) -> None:
+        """One discarded forward and backward, and a forward as in an evaluation if there will be one.
+
+        DDP rebuilds its buckets after its first backward, and compiling is not a step.
+        """
+        with phase("warm-up"):
+            step = self.loader.step(self.iter_num, rows_seen=self.rows_seen)
+            first = itertools.islice(step.batches, 1)
+            accumulate_gradients(self.loss_module, first, target_weight=step.target_weight, world=self.world)
+            self.optimizer.zero_grad(set_to_none=True)
+            if evaluates:
+                self.validation.try_out(self.local_loss, self.world)
+
+    def start(self) -> None:
+        """From here on steps are timed, batches made ahead, and garbage is collected at milestones only."""
+        steps = self.loader.steps(self.iter_num, rows_seen=self.rows_seen, end=self.journal.steps)
+        self.ahead = Ahead(steps, device=self.world.device)
+        self.graphs = compiled_graphs()
+        if self.trace is not None:
+            self.trace.start(pause=self.progress.clock_stopped, tell=self._tell_of_trace)
+        self.collector.start()
+        self.progress.start_clock()
 
     def update(self, *, learning_rate: float, grad_clip: float | None) -> None:
         """One step on the next rows."""
-        step = self.loader.step(self.iter_num, rows_seen=self.rows_seen)
+        assert self.ahead is not None, "start() comes before the first step"
+        with self.progress.stalled(), phase("batch"):
+            first = next(self.ahead)
+        others = (following.batch for following in itertools.islice(self.ahead, self.loader.micro_steps - 1))
         result = train_step(
             self.loss_module,
             self.optimizer,
-            self.progress.counting(step.batches),
-            target_weight=step.target_weight,
+            self.progress.counting(itertools.chain([first.batch], others)),
+            target_weight=first.target_weight,
             learning_rate=learning_rate,
             grad_clip=grad_clip,
             world=self.world,
         )
-        self.progress.add_step(result.loss_sum, step.target_weight)
+        self.progress.add_step(result.loss_sum, first.target_weight)
         self.learning_rate, self.grad_norm = learning_rate, result.grad_norm
         self.iter_num += 1
         self.rows_seen += self.loader.rows_per_step
+        if self.trace is not None:
+            self.trace.step()
 
     def report(self) -> None:
         """Tell of the steps since the last record; between milestones the only place that waits for the device."""
         totals = self.progress.take()
-        self.trained_tokens_seen += totals.trained_tokens
-        self.journal.iteration(
-            self.iter_num,
-            totals,
-            learning_rate=self.learning_rate,
-            grad_norm=self.grad_norm.item(),
-            flops=self.training_flops(totals),
-        )
+        with self.progress.stalled():
+            self.trained_tokens_seen += totals.trained_tokens
+            before, self.graphs = self.graphs, compiled_graphs()
+            self.journal.iteration(
+                self.iter_num,
+                totals,
+                learning_rate=self.learning_rate,
+                grad_norm=self.grad_norm.item(),
+                flops=self.training_flops(totals),
+                recompiled=self.graphs - before,
+            )
+            self.collector.collect()
 
     def evaluate(self) -> bool:
         """Validation loss now; True if it is the best since training began."""
         if not self.validation.rows:
             return False
         started = time.perf_counter()
-        result = self.validation.evaluate(self.local_loss, self.world)
+        with phase("evaluation"):
+            result = self.validation.evaluate(self.local_loss, self.world)
         self.val_loss = result.loss
         is_better = self.best_val_loss is None or result.loss < self.best_val_loss
         is_best = self.iter_num > 0 and math.isfinite(result.loss) and is_better
         if is_best:
             self.best_val_loss = result.loss
         self.journal.evaluation(self.iter_num, result, is_best=is_best, seconds=time.perf_counter() - started)
+        self.collector.collect()
         return is_best
 
     def save(self, *, is_best: bool) -> None:
         """Join the sums of all ranks; the main rank writes a checkpoint. UserError on all ranks if it cannot."""
         self.progress.flush()
-        path = self.world.on_main(lambda: self._write_checkpoint(is_best))
+        with phase("saving"):
+            path = self.world.on_main(lambda: self._write_checkpoint(is_best))
         self.journal.checkpoint(self.iter_num, path, is_best=is_best)
+        self.collector.collect()
 
     def _write_checkpoint(self, is_best: bool) -> Path:
         content = {
@@ -143,7 +182,12 @@ class Run:
         self.progress.load_state(saved["progress"])
 
     def close(self, status: str) -> None:
-        """The last word in the run log; the ranks need not agree."""
+        """The last word in the run log, after everything that start() began has ended; the ranks need not agree."""
+        if self.ahead is not None:
+            self.ahead.close()
+        if self.trace is not None:
+            self.trace.stop()
+        self.collector.stop()
         self.journal.close(
             status,
             iter=self.iter_num,
@@ -152,6 +196,9 @@ class Run:
             val_loss=self.val_loss,
             best_val_loss=self.best_val_loss,
         )
+
+    def _tell_of_trace(self, sentence: str) -> None:
+        self.journal.trace(self.iter_num, sentence)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -41,6 +41,12 @@ def model_flops_utilisation(flops: float, seconds: float, *, world_size: int, pe
     return None if peak is None or seconds <= 0 else flops / (seconds * world_size * peak)
 
 
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # not there where nothing was compiled; importing it takes seconds
+    return 0 if dynamo is None else dynamo.counters["stats"]["unique_graphs"]
+
+
 def memory_gib(device: torch.device) -> float:
     """Peak memory of this process in GiB: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sft.batches import Batch
 from sft.loss import Loss, choose_loss
+from sft.phases import phase
 from sft.world import World
 
 
@@ -66,10 +67,11 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     loss_sum = accumulate_gradients(loss_module, batches, target_weight=target_weight, world=world)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if grad_clip is None else grad_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    with phase("optimizer"):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if grad_clip is None else grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return StepResult(loss_sum, grad_norm.detach())
 
 
@@ -81,8 +83,10 @@ def accumulate_gradients(
     scale = world.size / target_weight  # DDP averages over ranks; the sum is what we want
     for batch, is_last in _with_last(batches):
         with contextlib.nullcontext() if is_last else _no_sync(loss_module):
-            loss = loss_module(batch, grad_scale=scale)
-            (loss * scale).backward()
+            with phase("forward"):
+                loss = loss_module(batch, grad_scale=scale)
+            with phase("backward"):
+                (loss * scale).backward()
         loss_sum += loss.detach()
     return loss_sum
 

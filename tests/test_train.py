@@ -107,6 +107,7 @@ def test_a_finished_run_leaves_its_log_its_checkpoints_and_its_tokenizer(argumen
     assert list(first) == [
         *("iter", "loss", "lr", "grad_norm", "trained_tokens", "tokens"),
         *("time_ms", "tokens_per_second", "mfu", "memory_gib"),
+        *("trained_tokens_per_second", "stall_ms", "recompiled"),
     ]
     content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert content.keys() == {
