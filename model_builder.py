@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model_config import ModelArchitectureConfig, parameter_count
 from sft import recompute
-from sft.attention import Documents, KeyValueCache, causal_attention
+from sft.attention import BackEnd, Documents, KeyValueCache, causal_attention
 from sft.errors import UserError
 from sft.pretrained import open_pretrained
 
@@ -42,6 +42,7 @@ class ConfigurableGPT(nn.Module):
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.config = config
         self.activation_checkpointing: recompute.Recomputing = "none"  # what of a block the backward computes again
+        self.attention: BackEnd = "sdpa"  # set_attention
         self.compiled = False
         self.to_empty(device=device)
         self._tie_head()
@@ -64,7 +65,8 @@ class ConfigurableGPT(nn.Module):
         block, ids are the newest tokens of rows whose earlier ones it holds; documents then covers those too.
         """
         if documents is not None:
-            documents.prepare(compiled=self.compiled)
+            dropout = self.config.attention_dropout_rate if self.training else 0.0
+            documents.prepare(self.attention, dropout=dropout, compiled=self.compiled)
         if positions is None:
             positions = documents.positions if documents is not None else self._counted(ids, cache)
         x = self.token_embeddings(ids)
@@ -104,6 +106,13 @@ class ConfigurableGPT(nn.Module):
                 module.p = rate
             elif isinstance(module, Attention):
                 module.dropout = rate
+
+    def set_attention(self, back_end: BackEnd) -> None:
+        """Compute attention within documents by one back end in all blocks."""
+        self.attention = back_end
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.back_end = back_end
 
     def grow_vocabulary(self, size: int, say: Callable[[str], None] = print) -> None:
         """Give the embedding and the head `size` rows, each new one the mean of the old; says both parameter counts.
@@ -219,6 +228,7 @@ class Attention(nn.Module):
         self.grouped = G < H
         self.interleaved = config.rope_layout == "interleaved"
         self.dropout = config.attention_dropout_rate
+        self.back_end: BackEnd = "sdpa"
         if self.grouped:
             self.c_q = nn.Linear(D, H * C, bias=config.bias)
             self.c_kv = nn.Linear(D, 2 * G * C, bias=config.bias)  # rows: keys, values
@@ -244,7 +254,8 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, C)
         if cache is not None:
             k, v = cache.append(k, v)
-        mixed = causal_attention(q, k, v, documents=documents, dropout=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        mixed = causal_attention(q, k, v, documents=documents, dropout=dropout, back_end=self.back_end)
         return self.c_proj(mixed.transpose(1, 2).reshape(B, T, self.query_rows))
 
 

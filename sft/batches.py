@@ -56,20 +56,18 @@ def make_batch(
     shape = (len(rows), block_size)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     positions = np.empty(shape, dtype=np.int64)
-    document_ids = np.empty(shape, dtype=np.int32)
     targets = np.full(shape, NOT_TRAINED, dtype=np.int64)
     weights = np.ones(shape, dtype=np.float32)
     weighted = False
     tokens = attended_pairs = 0
     for row, documents in enumerate(rows):
         start = 0
-        for number, document in enumerate(documents):
+        for document in documents:
             length = len(document.input_ids)
             end = start + length
             assert end <= block_size, "the documents of a row are longer than the row"
             input_ids[row, start:end] = document.input_ids
             positions[row, start:end] = np.arange(length)
-            document_ids[row, start:end] = number
             targets[row, start : end - 1] = document.labels[1:]
             if document.weights is not None:
                 weights[row, start : end - 1] = document.weights[1:]
@@ -78,7 +76,7 @@ def make_batch(
             attended_pairs += length * (length + 1) // 2
             start = end
         positions[row, start:] = np.arange(block_size - start)
-        document_ids[row, start:] = len(documents)
+    lengths = [[len(document.input_ids) for document in documents] for documents in rows]
     trained = np.flatnonzero(targets != NOT_TRAINED)
     filling = bucket(len(trained)) - len(trained) if torch.device(device).type == "cuda" else 0
 
@@ -91,7 +89,7 @@ def make_batch(
     return Batch(
         input_ids=place(input_ids),
         positions=place(positions),
-        documents=Documents(place(document_ids)),
+        documents=Documents.of_lengths(lengths, block_size=block_size, place=place),
         trained=place_trained(trained, 0),
         targets=place_trained(targets.reshape(-1)[trained], NOT_TRAINED),
         weights=place_trained(weights.reshape(-1)[trained], 0) if weighted else None,

@@ -85,21 +85,22 @@ def test_queries_may_be_the_last_of_the_positions():
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_documents_one_by_one_equal_documents_under_a_mask(key_heads: int, monkeypatch):
+def test_all_ways_on_a_cpu_equal_the_definition_in_value_and_gradient(key_heads: int, monkeypatch):
     inputs, found = random_heads(key_heads), []
-    for one_by_one in (True, False):
-        monkeypatch.setattr(Documents, "one_by_one", one_by_one)
+    for way in ("definition", "by_document", "one by one", "mask"):
+        monkeypatch.setattr(Documents, "way", lambda *_, way=way, **__: way)
         documents = Documents(IDS)
         mixed = causal_attention(*inputs, documents=documents, dropout=0.0)
         found.append([mixed, *torch.autograd.grad(mixed.square().sum(), inputs)])
-        assert ("mask" in vars(documents)) != one_by_one
-    for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+        assert ("mask" in vars(documents)) == (way in ("definition", "mask"))
+    for others in found[1:]:
+        for one, two in zip(found[0], others, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
 
 
 def test_lengths_are_those_of_the_documents_of_all_rows():
-    assert Documents(IDS).lengths == [1, 9, 3, 3, 4, 1, 2, 9]
-    assert Documents(torch.zeros(2, 3, dtype=torch.int32)).lengths == [3, 3]
+    assert Documents(IDS).spans.lengths == [1, 9, 3, 3, 4, 1, 2, 9]
+    assert Documents(torch.zeros(2, 3, dtype=torch.int32)).spans.lengths == [3, 3]
 
 
 def test_positions_restart_in_each_document():
