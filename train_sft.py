@@ -19,6 +19,7 @@ from model_config import PRESETS, ModelArchitectureConfig, architecture_problems
 from sft import elsewhere, startup
 from sft.announcement import Plan, announce
 from sft.arrays import PreparedData
+from sft.attention_choice import AttentionChoice, Heads, choose_attention
 from sft.batches import TrainLoader
 from sft.config import Resolved, fingerprint, load_settings, to_dict
 from sft.errors import EXIT_FAILED, UserError, run_program
@@ -87,6 +88,7 @@ class TrainSettings:
     device: DeviceChoice = "auto"  # auto = CUDA where there is a GPU
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # of computing; auto = bfloat16 on CUDA
     compile: bool | None = None  # torch.compile the blocks; None = on CUDA
+    attention: AttentionChoice = "auto"  # within documents; auto = the fastest that works here; all are exact
     loss_kernel: LossKernel = "auto"  # of the head and its loss; auto = triton on CUDA, else torch; all are exact
     activation_checkpointing: Recomputing = "none"  # recomputed in the backward: selective = cheap parts, full = blocks
     profile: bool = False  # write a Chrome trace of three early steps, and their dearest operators, into out_dir
@@ -170,13 +172,18 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
     loss = choose_loss(settings.loss_kernel, device=world.device, dtype=dtype, world=world)
     world.on_main(lambda: startup.copy_tokenizer(data, out_dir, resumes=resume_path is not None))
     loader = build_loader(settings, data, world)
+    heads = Heads(model.config.n_head, model.config.key_heads, model.config.head_size)
+    attention = choose_attention(
+        settings.attention, heads=heads, dtype=dtype, dropout=settings.dropout, loader=loader, world=world
+    )
+    model.set_attention(attention.back_end)
     log = world.together(lambda: open_log(resolved) if world.is_main else None)
     steps = settings.steps(loader.stream, rows_per_step=loader.rows_per_step)
     run = build_run(resolved, data, model, loader, Journal(world, log, steps=steps), loss=loss)
     try:
         if saved is not None:
             run.restore(saved)
-        announce(run, plan_of(settings, run, model.config, resume_path, steps=steps))
+        announce(run, plan_of(settings, run, model.config, resume_path, steps=steps), attention)
         loop(settings, run, steps=steps)
     except torch.cuda.OutOfMemoryError as error:
         run.close("failed: out of memory")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sft.attention_choice import Attention
 from sft.run import Run
 
 
@@ -25,7 +26,7 @@ class Plan:
     resumed: Path | None
 
 
-def announce(run: Run, plan: Plan) -> None:
+def announce(run: Run, plan: Plan, attention: Attention) -> None:
     """Say what is about to happen, on the console and in the run log."""
     world, stream, rows = run.world, run.loader.stream, run.loader.rows_per_step
     on_gpu = world.device.type == "cuda"
@@ -42,6 +43,7 @@ def announce(run: Run, plan: Plan) -> None:
         "run": f"{plan.steps} steps = {plan.steps * rows / stream.rows_per_epoch:.2f} epochs from step {run.iter_num}, "
         f"{plan.schedule}",
         "compute": f"{compute} on {device}{', compiled blocks' if plan.compiled else ''}",
+        "attention": str(attention),
         "loss": str(run.local_loss.loss),
     }
     run.journal.startup(
