@@ -196,7 +196,6 @@ def row_of(entry: Entry, flops: float) -> dict[str, Any]:
     }
 
 
-
 def ratio(providers: Mapping[str, Any], one: str, other: str, *, of: str) -> float:
     """The median over rounds of one provider's number over another's; KeyError, with a sentence, where it cannot be told."""
     rows = []
@@ -229,7 +228,11 @@ CPU_GRIDS: dict[str, Sequence[Option]] = {
     PLAIN: ({"block": 512, "batch": 1}, {"block": 256, "batch": 4}, {"block": 1024, "batch": 1}),
 }
 GPU_GRIDS: dict[str, Sequence[Option]] = {
-    OURS: ({"rows": 4, "compile": True}, {"rows": 8, "compile": True}, {"rows": 2, "compile": True}),
+    OURS: (
+        {"rows": 4, "compile": True, "attention": "varlen"},
+        {"rows": 8, "compile": True, "attention": "varlen"},
+        {"rows": 2, "compile": True, "attention": "varlen"},
+    ),
     TRL: (
         {"packing": True, "batch": 1, "liger": True},
         {"packing": True, "batch": 2, "liger": True, "attention": "flex_attention"},

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
 from bench.step_inputs import document, fill_weights
 from bench.step_worker import Gate, Step, Work
 from model_builder import ConfigurableGPT
-from sft.batches import Batch, Document, StepBatches, TrainLoader, make_batch
+from sft.attention_choice import Heads, choose_attention
+from sft.batches import Batch, Document, TrainLoader, WeighedBatch, make_batch
+from sft.collector import QuietCollector
 from sft.huggingface import name_table, to_hugging_face
 from sft.optim import make_optimizer
 from sft.packing import RowStream, pack
+from sft.prefetch import Ahead
 from sft.step import SummedLoss, train_step
 from sft.world import World
 
 PAD = 0
 SEED = 1337
+MOST_STEPS = 10**6
+COMPILED: list[dict[str, Any]] = []  # the option that torch.compile worked for last
 
 
 def load() -> None:
@@ -31,19 +37,20 @@ def make_model(work: Work) -> ConfigurableGPT:
     table = name_table(work.task.config.to_dict())
     fill_weights(to_hugging_face(dict(model.named_parameters()), table))
     if work.option.get("compile"):
-        torch._dynamo.reset()  # shapes of another option would be taken for dynamic ones
+        if COMPILED and work.option not in COMPILED:
+            torch._dynamo.reset()  # shapes of another option would be taken for dynamic ones
+        COMPILED[:] = [work.option]
         model.compile_blocks()
     return model.train()
 
 
-def loaded_steps(work: Work) -> Iterator[StepBatches]:
-    """Step after step of the trainer's own stream of packed rows."""
-    samples, task = work.samples, work.task
-    stream = RowStream(samples.lengths, block_size=task.row, seed=SEED)
-    loader = TrainLoader(
-        samples,
-        stream,
-        batch_size=work.option["rows"],
+def make_loader(work: Work) -> TrainLoader:
+    """The trainer's own stream of packed rows."""
+    task = work.task
+    return TrainLoader(
+        work.samples,
+        RowStream(work.samples.lengths, block_size=task.row, seed=SEED),
+        batch_size=min(work.option["rows"], task.rows_per_step),
         rows_per_step=task.rows_per_step,
         rank=0,
         world_size=1,
@@ -51,38 +58,52 @@ def loaded_steps(work: Work) -> Iterator[StepBatches]:
         seed=SEED,
         device=work.device,
     )
-    for step in itertools.count():
-        yield loader.step(step, rows_seen=step * task.rows_per_step)
 
 
-def planned_steps(work: Work) -> Iterator[StepBatches]:
-    """The conversations of the plan, packed into as few rows as hold them."""
+def planned_batches(work: Work) -> Iterator[WeighedBatch]:
+    """The conversations of each planned step, packed into as few rows as hold them."""
     assert work.plan is not None
     for numbers in work.plan:
         rows = pack(work.samples.lengths[numbers], work.task.row)
         documents = [[Document(*document(work.samples, numbers[i])) for i in row.tolist()] for row in rows]
         batch = make_batch(documents, block_size=work.task.row, pad_id=PAD, device=work.device)
-        yield StepBatches(iter([batch]), float(work.samples.targets[numbers].sum()))
+        yield WeighedBatch(batch, float(work.samples.targets[numbers].sum()))
 
 
 def train(work: Work, gate: Gate) -> None:
-    model = make_model(work)
+    world = World(rank=0, size=1, device=work.device)
+    model, loader = make_model(work), make_loader(work)
+    config, dtype = model.config, work.autocast_dtype or torch.float32
+    heads = Heads(config.n_head, config.key_heads, config.head_size)
+    choice = work.option.get("attention", "auto")
+    attention = choose_attention(choice, heads=heads, dtype=dtype, dropout=0.0, loader=loader, world=world)
+    model.set_attention(attention.back_end)
     loss_module = SummedLoss(model, autocast_dtype=work.autocast_dtype)
     optimizer = make_optimizer(model, learning_rate=work.task.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    world = World(rank=0, size=1, device=work.device)
-    for batches, target_weight in loaded_steps(work) if work.plan is None else planned_steps(work):
-        counts = [0, 0]
-        result = train_step(
-            loss_module,
-            optimizer,
-            counted(batches, counts),
-            target_weight=target_weight,
-            learning_rate=work.task.learning_rate,
-            grad_clip=1.0,
-            world=world,
-        )
-        if not gate(Step(result.loss_sum / target_weight, *counts)):
-            return
+    if work.plan is None:
+        batches, micro_steps = loader.steps(0, rows_seen=0, end=MOST_STEPS), loader.micro_steps
+    else:
+        batches, micro_steps = planned_batches(work), 1
+    ahead, collector = Ahead(batches, device=work.device), QuietCollector()
+    collector.start()
+    try:
+        while (first := next(ahead, None)) is not None:
+            counts = [0, 0]
+            others = (following.batch for following in itertools.islice(ahead, micro_steps - 1))
+            result = train_step(
+                loss_module,
+                optimizer,
+                counted(itertools.chain([first.batch], others), counts),
+                target_weight=first.target_weight,
+                learning_rate=work.task.learning_rate,
+                grad_clip=1.0,
+                world=world,
+            )
+            if not gate(Step(result.loss_sum / first.target_weight, *counts)):
+                return
+    finally:
+        ahead.close()
+        collector.stop()
 
 
 def counted(batches: Iterable[Batch], counts: list[int]) -> Iterator[Batch]:

@@ -61,9 +61,7 @@ def make_model(work: Work) -> Any:
 
     with work.device:
         attention = work.option.get("attention", "sdpa")
-        model = AutoModelForCausalLM.from_config(
-            qwen3_config(work), attn_implementation=attention, dtype=torch.float32
-        )
+        model = AutoModelForCausalLM.from_config(qwen3_config(work), attn_implementation=attention, dtype=torch.float32)
     fill_weights(dict(model.named_parameters()))
     return model.train()
 
@@ -130,7 +128,11 @@ def train(work: Work, gate: Gate) -> None:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    counts: list[Any] = [0, 0, 0.0]  # tokens, trained tokens and loss of the step; tensors are read at the end of a turn
+    counts: list[Any] = [
+        0,
+        0,
+        0.0,
+    ]  # tokens, trained tokens and loss of the step; tensors are read at the end of a turn
 
     class Counted(SFTTrainer):
         """SFTTrainer with its steps counted."""
