@@ -134,14 +134,10 @@ def meets(number: float, limit: float, *, at_most: bool) -> bool:
 
 def goal_lines(goals: Sequence[Mapping[str, Any]]) -> list[str]:
     words = {True: "met", False: "missed", None: "unknown"}
-    return [
-        f"  {words[row['met']]:<8} {row['goal']}: "
-        + (
-            row["why"]
-            if row["reached"] is None
-            else f"{row['reached']:,.3f}"
-            if row["reached"] < 100
-            else f"{row['reached']:,.0f}"
-        )
-        for row in goals
-    ]
+
+    def number(row: Mapping[str, Any]) -> str:
+        if row["reached"] is None:
+            return row["why"]
+        return f"{row['reached']:,.0f}" if row["reached"] >= 100 else f"{row['reached']:.3f}"
+
+    return [f"  {words[row['met']]:<8} {row['goal']}: {number(row)}" for row in goals]

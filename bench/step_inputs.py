@@ -1,8 +1,8 @@
 """The conversations and the initial weights of bench/step.py: the same ones for everyone.
 
-Where GSM8K, Alpaca's demonstration set and Qwen3's tokenizer are at hand, prepare_sft.py renders them, and ids are real;
-a smaller vocabulary takes ids modulo its size, which leaves lengths and trained tokens as they are. Elsewhere lengths are
-drawn from log-normal distributions fitted to those two, and ids from a log-uniform distribution over the vocabulary.
+Where GSM8K, Alpaca's demonstration set and Qwen3's tokenizer are at hand, prepare_sft.py renders them, and ids are
+real; a smaller vocabulary takes ids modulo its size, which leaves lengths and trained tokens as they are. Elsewhere
+lengths are drawn from log-normal distributions fitted to those two, and ids log-uniformly from the vocabulary.
 
 Weights are drawn tensor by tensor, under Hugging Face's names, each from a generator of its own: whoever fills a model
 of the same shape on the same kind of device has the same weights, and no file of gigabytes is passed around.

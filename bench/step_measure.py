@@ -197,7 +197,7 @@ def row_of(entry: Entry, flops: float) -> dict[str, Any]:
 
 
 def ratio(providers: Mapping[str, Any], one: str, other: str, *, of: str) -> float:
-    """The median over rounds of one provider's number over another's; KeyError, with a sentence, where it cannot be told."""
+    """One provider's number over another's, the median over rounds; KeyError, with a sentence, where it is unknown."""
     rows = []
     for name in (one, other):
         row = providers.get(name, {"status": "missing", "reason": "not in this task"})

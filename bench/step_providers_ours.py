@@ -1,4 +1,4 @@
-"""The trainer of this project in bench/step.py: its model, packing, loader, loss and step, as train_sft.py joins them."""
+"""This project's trainer in bench/step.py: its model, packing, loader, loss and step, as train_sft.py joins them."""
 
 from __future__ import annotations
 

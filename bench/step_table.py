@@ -9,7 +9,7 @@ from bench.loss_goals import MEASURED
 from bench.step_measure import ratio
 from bench.step_tasks import OURS
 
-HEADER = "| | tokens/s | trained tokens/s | ours is faster | peak memory, GB | first step after | MFU | losses as ours | option |"
+HEADER = "| | tokens/s | trained/s | ours is faster | peak memory, GB | first step | MFU | losses as ours | option |"
 
 
 def table_lines(result: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What bench/step.py has everyone train: the shape of the model, the conversations, the size of a step, the precision."""
+"""What bench/step.py has everyone train: a model's shape, the conversations, the size of a step, the precision."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Work:
 
     @property
     def documents_per_step(self) -> int:
-        """For those who count conversations: as many as a step has tokens, in sixteens so that micro-steps divide it."""
+        """For those who count conversations: as many as fill a step, in sixteens so that micro-steps divide it."""
         count = max(1, round(self.task.tokens_per_step / float(self.samples.lengths.mean())))
         return count if count < 16 else -(-count // 16) * 16
 
