@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from sft.batches import Batch
-from sft.phases import phase
 from sft.world import World
 
 
@@ -46,13 +45,8 @@ class Progress:
         self._clock: float | None = None  # when the time not yet in totals began; None while it stands still
 
     def counting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches, each counted as it passes; the time that they take to come is stall."""
-        waiting = iter(batches)
-        while True:
-            with self.stalled(), phase("batch"):
-                batch = next(waiting, None)
-            if batch is None:
-                return
+        """The same batches, each counted as it passes."""
+        for batch in batches:
             for place, count in enumerate((batch.trained_tokens, batch.tokens, batch.attended_pairs)):
                 self._counts[place] += count
             yield batch

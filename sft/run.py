@@ -86,17 +86,15 @@ class Run:
         steps = self.loader.steps(self.iter_num, rows_seen=self.rows_seen, end=self.journal.steps)
         self.ahead = Ahead(steps, device=self.world.device)
         self.graphs = compiled_graphs()
-        if self.trace is not None:
-            self.trace.start(pause=self.progress.clock_stopped, tell=self._tell_of_trace)
         self.collector.start()
+        if self.trace is not None:  # after the collector, which never frees a cycle that was there before
+            self.trace.start(pause=self.progress.clock_stopped, tell=self._tell_of_trace)
         self.progress.start_clock()
 
     def update(self, *, learning_rate: float, grad_clip: float | None) -> None:
         """One step on the next rows."""
-        assert self.ahead is not None, "start() comes before the first step"
-        with self.progress.stalled(), phase("batch"):
-            first = next(self.ahead)
-        others = (following.batch for following in itertools.islice(self.ahead, self.loader.micro_steps - 1))
+        first = self._next_batch()
+        others = (self._next_batch().batch for _ in range(self.loader.micro_steps - 1))
         result = train_step(
             self.loss_module,
             self.optimizer,
@@ -196,6 +194,11 @@ class Run:
             val_loss=self.val_loss,
             best_val_loss=self.best_val_loss,
         )
+
+    def _next_batch(self) -> WeighedBatch:
+        assert self.ahead is not None, "start() comes before the first step"
+        with self.progress.stalled(), phase("batch"):
+            return next(self.ahead)
 
     def _tell_of_trace(self, sentence: str) -> None:
         self.journal.trace(self.iter_num, sentence)

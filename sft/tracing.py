@@ -38,6 +38,8 @@ class StepTrace:
         """To be called after each step; does nothing once the trace is written."""
         if self.running:
             self._profiler.step()
+            if not self.running:
+                del self._profiler  # a hundred thousand events, which each collection of garbage would look through
 
     def stop(self) -> None:
         """Write what there is, if the run ends before all of its steps were traced."""
