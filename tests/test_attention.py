@@ -3,8 +3,12 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
-from sft.attention import Documents, KeyValueCache, causal_attention
+from sft import attention_backends
+from sft.attention import BackEnd, Documents, KeyValueCache, causal_attention
+from sft.batches import make_batch
+from tests.tiny import random_documents, tiny_model
 
 # A one-token document, one that fills most of the row, and a padded tail.
 IDS = torch.tensor([[0] + [1] * 9 + [2] * 3 + [3] * 3, [0] * 4 + [1] + [2] * 2 + [3] * 9], dtype=torch.int32)
@@ -61,17 +65,6 @@ def test_changing_one_document_leaves_the_others_bit_identical(dtype: torch.dtyp
     assert torch.equal(before[0, :, 10:], after[0, :, 10:])
     assert torch.equal(before[1], after[1])
     assert after.isfinite().all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("key_heads", [4, 2])
-def test_a_gpu_computes_the_definition(key_heads: int, dtype: torch.dtype, tolerance: float):
-    inputs = random_heads(key_heads)
-    expected = definition(*inputs, IDS)
-    on_gpu = (x.detach().to("cuda", dtype) for x in inputs)
-    ours = causal_attention(*on_gpu, documents=Documents(IDS.cuda()), dropout=0.0)
-    torch.testing.assert_close(ours.double().cpu(), expected.detach(), rtol=tolerance, atol=tolerance)
 
 
 def test_queries_may_be_the_last_of_the_positions():
@@ -135,3 +128,113 @@ def test_a_cache_gives_back_everything_appended_and_forgets_rows():
     k, _ = cache.append(torch.zeros(2, 2, 1, 4), torch.zeros(2, 2, 1, 4))
     assert cache.length == 16
     assert torch.equal(k[:, :, :-1], whole[[2, 0]])
+
+
+def lengths_of(rows: list[list[int]], block_size: int = 16) -> Documents:
+    return Documents.of_lengths(rows, block_size=block_size, place=torch.from_numpy)
+
+
+def test_documents_of_lengths_are_those_that_the_ids_tell():
+    for rows in ([[1, 9, 3], [4, 1, 2, 9]], [[16], []], [[1] * 16, [15]]):
+        known = lengths_of(rows)
+        found = Documents(known.ids).spans
+        assert list(known.spans.lengths) == found.lengths
+        assert torch.equal(known.spans.offsets, found.offsets)
+        assert torch.equal(known.spans.extent, found.extent)
+        assert known.spans.offsets.dtype == torch.int32
+    assert torch.equal(lengths_of([[1, 9, 3], [4, 1, 2]]).ids, IDS)
+    assert known.spans.extent.tolist() == [18, 15]
+
+
+def test_the_operator_of_documents_tells_the_compiler_the_truth():
+    q, k, v = (x.detach().transpose(1, 2).flatten(0, 1).requires_grad_() for x in random_heads(2))
+    spans = Documents(IDS).spans
+    torch.library.opcheck(
+        torch.ops.sft.document_attention.default, (q, k, v, spans.offsets, spans.extent, 2, "by_document")
+    )
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", "varlen", "flex"])
+def test_a_compiled_function_serves_all_documents_without_a_mask(back_end: BackEnd, monkeypatch):
+    """On a CPU FlashAttention's place is taken by the kernel for CPUs, and FlexAttention has no gradients."""
+    monkeypatch.setitem(attention_backends.KERNELS, "varlen", attention_backends.KERNELS["by_document"])
+    torch._dynamo.reset()
+    counters.clear()
+
+    @torch.compile(backend="aot_eager" if back_end != "flex" else "eager", fullgraph=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        return causal_attention(q, k, v, documents=documents, dropout=0.0, back_end=back_end)
+
+    inputs = random_heads(2)
+    if back_end == "flex":
+        inputs = tuple(x.detach() for x in inputs)
+    for rows in ([[1, 9, 3], [4, 1, 2]], [[16], [16]], [[1] * 16, [2, 14]], [[5], []]):
+        documents = lengths_of(rows)
+        documents.prepare(back_end, compiled=True)
+        ours = attend(*inputs, documents)
+        exact = causal_attention(*inputs, documents=Documents(documents.ids), dropout=0.0, back_end="definition")
+        found, expected = [ours], [exact]
+        if back_end != "flex":
+            found += torch.autograd.grad(ours.square().sum(), inputs)
+            expected += torch.autograd.grad(exact.square().sum(), inputs)
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+        assert "mask" not in vars(documents)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", "varlen"])
+def test_compiled_blocks_are_translated_once_for_all_documents(back_end: BackEnd, monkeypatch):
+    monkeypatch.setitem(attention_backends.KERNELS, "varlen", attention_backends.KERNELS["by_document"])
+    torch._dynamo.reset()
+    counters.clear()
+    plain, model = tiny_model(), tiny_model()
+    model.set_attention(back_end)
+    model.compile_blocks(backend="aot_eager")
+    for lengths in ([30, 20, 9], [64], [1, 2, 3, 4, 5, 6, 7, 8, 9], [63, 1]):
+        batch = make_batch([random_documents(lengths)], block_size=64, pad_id=0)
+        for module in (plain, model):
+            module.zero_grad()
+            module(batch.input_ids, batch.positions, batch.documents).square().sum().backward()
+        for one, two in zip(plain.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"qk_norm": False, "num_key_value_heads": 4}, {"position_encoding": "learned_absolute", "bias": True}],
+)
+def test_under_autocast_queries_keys_and_values_are_half_precision(changes: dict, monkeypatch):
+    """As FlashAttention wants them, without a cast of its own."""
+    dtypes = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **_others: object) -> Tensor:
+        dtypes.extend((q.dtype, k.dtype, v.dtype))
+        return q
+
+    monkeypatch.setattr("model_builder.causal_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        tiny_model(**changes)(torch.zeros(1, 16, dtype=torch.int64))
+    assert dtypes == [torch.bfloat16] * 6
+
+
+def test_blocks_of_scores_are_left_out_where_no_document_has_them():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    for block_size, rows in ((384, [[384], [100, 284], [128, 128, 128]]), (300, [[1, 150, 60], [300], [1] * 300])):
+        documents = lengths_of(rows, block_size)
+        seen = attention_backends._within_documents(documents.ids)
+        exact = create_block_mask(seen, 3, None, block_size, block_size, device="cpu")
+        assert torch.equal(documents.block_mask.to_dense(), exact.to_dense())
+        whole, exact_whole = documents.block_mask.full_kv_num_blocks, exact.full_kv_num_blocks
+        assert torch.equal(whole[..., :2], exact_whole[..., :2])
+        assert (whole >= exact_whole).all()  # a last block that is cut off counts as whole
+
+
+def test_a_batch_knows_its_documents_without_reading_them_from_the_device(monkeypatch):
+    batch = make_batch([random_documents([9, 20]), random_documents([30])], block_size=32, pad_id=0)
+    monkeypatch.setattr(Tensor, "nonzero", None)
+    assert batch.documents.spans.lengths == [9, 20, 3, 30, 2]
