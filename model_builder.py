@@ -17,6 +17,7 @@ from model_config import ModelArchitectureConfig, parameter_count
 from sft import recompute
 from sft.attention import BackEnd, Documents, KeyValueCache, causal_attention
 from sft.errors import UserError
+from sft.linear import Linear
 from sft.pretrained import open_pretrained
 
 # Shapes: B rows, T tokens, V vocabulary, D width, H query heads, G key heads, C head size.
@@ -230,11 +231,11 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout_rate
         self.back_end: BackEnd = "sdpa"
         if self.grouped:
-            self.c_q = nn.Linear(D, H * C, bias=config.bias)
-            self.c_kv = nn.Linear(D, 2 * G * C, bias=config.bias)  # rows: keys, values
+            self.c_q = Linear(D, H * C, bias=config.bias)
+            self.c_kv = Linear(D, 2 * G * C, bias=config.bias)  # rows: keys, values
         else:
-            self.c_attn = nn.Linear(D, 3 * H * C, bias=config.bias)  # rows: queries, keys, values
-        self.c_proj = nn.Linear(H * C, D, bias=config.bias)
+            self.c_attn = Linear(D, 3 * H * C, bias=config.bias)  # rows: queries, keys, values
+        self.c_proj = Linear(H * C, D, bias=config.bias)
         self.q_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -264,9 +265,9 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
-        self.w_gate = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.w_value = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.w_out = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.w_gate = Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.w_value = Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.w_out = Linear(config.ffn_width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w_out(F.silu(self.w_gate(x)) * self.w_value(x))
@@ -286,8 +287,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.fc2 = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.fc1 = Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.fc2 = Linear(config.ffn_width, config.n_embd, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
