@@ -226,7 +226,8 @@ def wrong_numbers(back_end: BackEnd, heads: Heads, dtype: torch.dtype, device: t
         wide = [x.detach().float().requires_grad_() for x in inputs]
         ours = _results(back_end, inputs, grad, documents)
         exact = _results("definition", wide, grad.float(), documents)
-        for name, one, two in zip(("values", "gradients of q", "of k", "of v"), ours, exact, strict=True):
+        names = ("values", "gradients of q", "gradients of k", "gradients of v")
+        for name, one, two in zip(names, ours, exact, strict=True):
             error = (one.float() - two).norm() / two.norm()
             if not error <= TOLERANCE.get(dtype, 2e-3):
                 return f"gives wrong {name} (error {error:.1e})"
