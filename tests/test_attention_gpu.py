@@ -12,6 +12,7 @@ from sft.attention import BackEnd, Documents, causal_attention
 from sft.attention_choice import BY_TRIAL, Heads, _active, _documents, drawn, try_out, unsupported
 from sft.batches import make_batch
 from sft.prefetch import Ahead
+from tests.conftest import SHAPE
 from tests.tiny import random_documents, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -28,11 +29,13 @@ def results(back_end: BackEnd, inputs: list[Tensor], grad: Tensor, documents: Do
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("heads", [Heads(4, 4, 64), Heads(4, 2, 128), Heads(4, 1, 32)], ids=str)
+@pytest.mark.parametrize("heads", [Heads(4, 4, 64), Heads(4, 2, 64), Heads(16, 1, 128)], ids=str)
 @pytest.mark.parametrize("name", [*BY_TRIAL, "varlen_whole_rows", "definition"])
 def test_every_back_end_computes_the_definition_in_value_and_gradient(name, heads, dtype):
     whole_rows = name == "varlen_whole_rows"
     documents = _documents([[320], [320]] if whole_rows else ROWS, 320, GPU)
+    if name == "flex" and heads.key != 2:
+        pytest.skip("each shape is compiled for seconds")
     if name != "definition" and (problem := unsupported(name, heads, dtype, documents)) is not None:
         pytest.skip(f"{name} {problem}")
     *inputs, grad = drawn(heads, dtype, documents)
@@ -45,26 +48,19 @@ def test_every_back_end_computes_the_definition_in_value_and_gradient(name, head
         assert (one.double() - two).norm() <= TOLERANCE[dtype] * two.norm()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_groups_of_query_heads_under_a_mask_repeat_no_keys(dropout):
-    """Head by head of the groups: the same probabilities' sums, with dropout as well."""
+def test_dropout_under_a_mask_leaves_out_and_scales_up_probabilities():
     documents = _documents(ROWS, 320, GPU)
     q, k, v, _ = drawn(Heads(4, 2, 64), torch.bfloat16, documents)
-    before = torch.cuda.memory_allocated()
-    mixed = causal_attention(q, k, torch.ones_like(v), documents=documents, dropout=dropout)
-    kept = torch.cuda.memory_allocated() - before
-    assert kept <= 3 * q.nbytes + 8 * documents.mask.nbytes
-    if dropout:
-        assert mixed.min() < 0.9 < 1.1 < mixed.max()
-    else:
-        torch.testing.assert_close(mixed, torch.ones_like(mixed), rtol=1e-2, atol=1e-2)
+    sums = causal_attention(q, k, torch.ones_like(v), documents=documents, dropout=0.5)
+    assert sums.min() < 0.9
+    assert sums.max() > 1.1
+    assert sums.float().mean() == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize("back_end", ["varlen", "flex"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_changing_one_document_leaves_the_others_bit_identical(back_end, dtype):
+def test_changing_one_document_leaves_the_others_bit_identical(back_end):
     documents = _documents(ROWS, 320, GPU)
-    q, k, v, _ = (x.detach() for x in drawn(Heads(4, 2, 64), dtype, documents))
+    q, k, v, _ = (x.detach() for x in drawn(Heads(4, 2, 64), torch.bfloat16, documents))
     before = causal_attention(q, k, v, documents=documents, dropout=0.0, back_end=back_end)
     for x in (q, k, v):
         x[0, :, 1:201] = x[0, :, 1:201] * 3 + 1
@@ -101,6 +97,7 @@ def test_compiled_blocks_are_translated_once_and_follow_the_plain_ones(back_end)
     plain, model = tiny_model(**shape).cuda(), tiny_model(**shape).cuda()
     model.set_attention(back_end)
     model.compile_blocks()
+    weights = torch.randn(1, 256, 32, device=GPU)
     for lengths in ([30, 20, 9], [256], [1] * 9, [200, 56], [128, 128]):
         batch = make_batch([random_documents(lengths)], block_size=256, pad_id=0, device=GPU)
         found = []
@@ -108,10 +105,10 @@ def test_compiled_blocks_are_translated_once_and_follow_the_plain_ones(back_end)
             module.zero_grad()
             with torch.autocast("cuda", torch.bfloat16):
                 hidden = module.hidden_states(batch.input_ids, batch.positions, batch.documents)
-            hidden.float().square().sum().backward()
+            (hidden.float() * weights).sum().backward()
             found.append([hidden, *(parameter.grad for parameter in module.parameters())])
         for one, two in zip(*found, strict=True):
-            assert (one.float() - two.float()).norm() <= 0.05 * one.float().norm()
+            assert (one.float() - two.float()).norm() <= 0.1 * one.float().norm()
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
@@ -140,12 +137,11 @@ def test_the_choice_is_one_that_works_and_is_told_with_the_times_of_all():
 
 @pytest.mark.parametrize("choice", ["auto", "varlen", "flex", "sdpa"])
 def test_a_run_takes_the_back_end_that_it_says(arguments, tmp_path, choice):
-    shape = {"n_layer": 2, "n_head": 4, "n_embd": 64, "num_key_value_heads": 2, "head_dim": 16, "qk_norm": True}
-    settings = {"model": shape, "block_size": 64, "device": "cuda", "compile": False, "out_dir": tmp_path / "run"}
+    settings = {"model": {**SHAPE, "head_dim": 16}, "device": "cuda", "compile": False, "out_dir": tmp_path / "run"}
     train_sft.main(arguments(**settings, attention=choice, max_iters=20))
     (path,) = (tmp_path / "run").glob("run_*.json")
     log = json.loads(path.read_text())
     sentence = log["startup_info"]["sentences"]["attention"]
-    assert ("fastest here: varlen" if choice == "auto" else f"attention={choice}") in sentence
+    assert ("fastest here: varlen " if choice == "auto" else f"attention={choice}") in sentence
     losses = [record["loss"] for record in log["training_iterations"]]
     assert losses[-1] < losses[0]
