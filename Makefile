@@ -38,20 +38,25 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 # A GPU machine comes with its own CUDA build of torch, and not with every library of the tests: no .venv, and only the
-# files that hold GPU tests. The benchmark comes first, since its result is worth more, and has the GPU for itself; then the
-# tests, those of the kernels first, in four processes where pytest-xdist is there. Both have a limit in seconds, together
-# less than eight minutes: the benchmark ends by itself (LossBenchmark.minutes and half a minute for start and clocks), the
-# tests are estimated at two minutes in four processes, five in one. What hangs is stopped, and what one has written stays,
-# whatever becomes of the other.
-BENCH_SECONDS ?= 310
-TEST_SECONDS ?= 150
+# files that hold GPU tests. The benchmarks come first, since their results are worth more, and have the GPU for
+# themselves; then the tests, those of the kernels first, in four processes where pytest-xdist is there. Each has a limit in
+# seconds, together less than eight minutes: the benchmarks end by themselves (their minutes, and time for start, clocks and
+# the last turn), the tests are estimated at two minutes in four processes, five in one. What hangs is stopped, and what one
+# has written stays, whatever becomes of the others.
+STEP_MINUTES ?= 2.9
+STEP_SECONDS ?= 205
+LOSS_MINUTES ?= 1.3
+LOSS_SECONDS ?= 108
+TEST_SECONDS ?= 135
 gpu: SHELL := /bin/bash
-gpu: ## the benchmark of the loss, then the GPU tests, with the machine's own Python; into $OUT, else out/gpu
+gpu: ## the benchmarks of the step and of the loss, then the GPU tests, with the machine's own Python; into $OUT, else out/gpu
 	mkdir -p $(OUT)
 	@status=0; set -o pipefail; export PYTHONUNBUFFERED=1 PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"; \
 	files=$$(grep -lE 'mark\.gpu|tests\.devices' tests/test_*.py | sort -r); \
 	processes=$$($(PYTHON) -c 'import xdist' >/dev/null 2>&1 && echo '-n 4'); set -x; \
-	timeout -k 10 $(BENCH_SECONDS) $(PYTHON) bench/loss.py --device=cuda --out_dir=$(OUT) 2>&1 \
+	timeout -k 10 $(STEP_SECONDS) $(PYTHON) bench/step.py --device=cuda --minutes=$(STEP_MINUTES) --out_dir=$(OUT) 2>&1 \
+		| tee $(OUT)/step.txt || status=1; \
+	timeout -k 10 $(LOSS_SECONDS) $(PYTHON) bench/loss.py --device=cuda --minutes=$(LOSS_MINUTES) --out_dir=$(OUT) 2>&1 \
 		| tee $(OUT)/loss.txt || status=1; \
 	timeout -s INT -k 10 $(TEST_SECONDS) $(PYTHON) -m pytest -m gpu -v -rfEs --continue-on-collection-errors $$processes \
 		--junitxml=$(OUT)/gpu_tests.xml $$files 2>&1 | tee $(OUT)/gpu_tests.txt || status=1; \

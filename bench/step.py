@@ -15,6 +15,7 @@ datasets and liger-kernel (extra `bench`) are looked for in the interpreter of -
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -37,7 +38,8 @@ from sft.config import load_settings
 from sft.errors import UserError, run_program
 from sft.speed import peak_flops
 
-STEPS = {"cpu": 2, "cuda": 5}  # of a turn
+STEPS = {"cpu": 2, "cuda": 3}  # of a turn
+GRACE = 20  # seconds after the minutes in which turns may end and processes leave
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +53,10 @@ class StepBenchmark:
     peers_python: str | None = None  # the interpreter that has the other projects; None = this one
     shared: str | None = None  # a folder with data/ and tokenizer/; None = ../shared, if there is one
     threads: int | None = None  # of each process on a CPU; None = as many as there are cores
-    steps: int | None = None  # of a turn; None = 2 on a CPU, 5 on a GPU
+    steps: int | None = None  # of a turn; None = 2 on a CPU, 3 on a GPU
+    shares: bool | None = None  # one process per provider for all of its options; None = on a GPU
     rounds: int = 6  # at most
-    minutes: float = 3.3  # for everything; a CPU needs 11.5
+    minutes: float = 3.0  # for everything but what is measured apart; a CPU needs 9
     turn_seconds: float = 90.0  # a turn that takes longer has failed
     apart: bool = True  # also measure start-up and DDP, on a CPU
     out_dir: str = "bench/results"  # where step_<device>.json goes, whole after each task
@@ -66,8 +69,11 @@ def resolved(settings: StepBenchmark) -> StepBenchmark:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU; use --device=cpu")
+    if settings.peers_python is not None and shutil.which(settings.peers_python) is None:
+        raise UserError(f"peers_python {settings.peers_python} is no program; name the interpreter that has TRL")
     given = asdict(settings) | {"device": device, "tasks": device if settings.tasks == "auto" else settings.tasks}
     given["steps"] = settings.steps or STEPS[device]
+    given["shares"] = device == "cuda" if settings.shares is None else settings.shares
     if device == "cpu":
         given["threads"] = settings.threads or os.cpu_count()
     settings = StepBenchmark(**given)
@@ -95,7 +101,12 @@ def run_all(settings: StepBenchmark, report: dict[str, Any], out: Path, end: flo
     """Measure task after task, with what is left of the minutes shared out evenly; the report is written after each."""
     tasks = chosen_tasks(settings)
     device = torch.device(settings.device)
-    workers = Workers(device=settings.device, peers_python=settings.peers_python, threads=settings.threads)
+    workers = Workers(
+        device=settings.device,
+        shares=bool(settings.shares),
+        peers_python=settings.peers_python,
+        threads=settings.threads,
+    )
     workers.start(list(dict.fromkeys(name for task in tasks for name in task.providers)))
     assert settings.steps is not None
     try:
@@ -112,8 +123,9 @@ def run_all(settings: StepBenchmark, report: dict[str, Any], out: Path, end: flo
                     workers=workers,
                     steps=settings.steps,
                     rounds=settings.rounds,
-                    end=begin + (end - begin) / (len(tasks) - number),
+                    end=begin + (end - begin) * task.time_share / sum(each.time_share for each in tasks[number:]),
                     turn_seconds=settings.turn_seconds,
+                    last_end=end + GRACE,
                 )
                 result = {"data": words, **measured_task(run, GRIDS[settings.device])}
                 peak = peak_flops(device)
@@ -146,6 +158,8 @@ def main(argv: list[str]) -> None:
         "apart": {},
         "goals": [],
     }
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the clocks were read under
     try:
         if settings.apart and device.type == "cpu":
             report["apart"] = measured_apart(threads=settings.threads)

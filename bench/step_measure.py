@@ -54,6 +54,12 @@ class TaskRun:
     rounds: int
     end: float  # on the clock of time.monotonic; turns that are begun are finished
     turn_seconds: float  # after which a turn counts as failed
+    last_end: float  # of the whole program: nothing is waited for after it
+
+    @property
+    def patience(self) -> float:
+        """Seconds that the next turn may take."""
+        return max(1.0, min(self.turn_seconds, self.last_end - time.monotonic()))
 
     def command(self, option: Option, **more: Any) -> dict[str, Any]:
         return {"task": self.task.to_dict(), "inputs": str(self.inputs), "option": dict(option), **more}
@@ -95,7 +101,7 @@ def try_option(run: TaskRun, entry: Entry, option: Option, *, in_time: bool) -> 
         return
     session = run.workers.session(entry.name, run.command(option))
     try:
-        turn = session.turn(run.steps, run.turn_seconds)
+        turn = session.turn(run.steps, run.patience)
     except ProviderFailed as error:
         entry.told[name] = str(error)
         run.workers.leave(session)
@@ -124,7 +130,10 @@ def take_rounds(run: TaskRun, entries: Sequence[Entry]) -> None:
         for entry in there:
             assert entry.session is not None
             try:
-                entry.turns.append(entry.session.turn(run.steps, run.turn_seconds))
+                run.workers.resume(entry.name, entry.session)
+                if run.workers.shares and entry.session.is_open:
+                    entry.session.turn(1, run.patience)  # takes back the memory that it gave away for others' turns
+                entry.turns.append(entry.session.turn(run.steps, run.patience))
             except ProviderFailed as error:
                 entry.failed = str(error)
         longest = max(longest, time.monotonic() - begin)
@@ -139,10 +148,11 @@ def planned_losses(run: TaskRun, entry: Entry) -> list[float] | None:
     plan = [[next(numbers) for _ in range(documents)] for _ in range(PLANNED_STEPS)]
     option = {**entry.option, "compile": False}
     try:
+        run.workers.resume(entry.name, entry.session)
         entry.session.stop()
         planned = {"do": "train", **run.command(option, plan=plan), "steps": PLANNED_STEPS}
-        losses = entry.session.worker.ask(planned, run.turn_seconds)["losses"]
-        entry.session.worker.ask({"do": "stop"}, run.turn_seconds)
+        losses = entry.session.worker.ask(planned, run.patience)["losses"]
+        entry.session.worker.ask({"do": "stop"}, run.patience)
     except ProviderFailed as error:
         entry.told["the same conversations"] = str(error)
         return None
@@ -240,6 +250,6 @@ GPU_GRIDS: dict[str, Sequence[Option]] = {
         {"packing": True, "batch": 1},
     ),
     PADDED: ({"batch": 8, "group_by_length": True}, {"batch": 16, "group_by_length": True}, {"batch": 16}),
-    PLAIN: ({"block": 4096, "batch": 2, "compile": True}, {"block": 4096, "batch": 2}),
+    PLAIN: ({"block": 4096, "batch": 2}, {"block": 4096, "batch": 2, "compile": True}),
 }
 GRIDS = {"cpu": CPU_GRIDS, "cuda": GPU_GRIDS}

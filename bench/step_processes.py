@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bench.step_tasks import OURS, OURS_BF16
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 10  # seconds that a process has to leave by itself
+MOST_LEFT = 2**30  # bytes that a session may leave allocated on a GPU, or its process is ended
 
 
 class ProviderFailed(Exception):
@@ -84,6 +86,8 @@ class Worker:
         return self.process.poll() is None
 
     def last_words(self) -> str:
+        if self.errors.closed:
+            return "it was ended"
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
         return (lines or ["it said nothing"])[-1][:300]
@@ -94,6 +98,8 @@ class Worker:
 
     def close(self) -> None:
         """End the process: its input ends, and it leaves; if it does not, it is stopped."""
+        if self.errors.closed:
+            return
         try:
             assert self.process.stdin is not None
             self.process.stdin.close()
@@ -104,63 +110,88 @@ class Worker:
 
 
 class Session:
-    """A provider with one option on one task. Where memory is shared it is open during its turns only."""
+    """A provider with one option on one task: opened by its first turn, open until it is stopped."""
 
-    def __init__(self, worker: Worker, train: dict[str, Any], *, stays_open: bool):
-        self.worker, self.train, self.stays_open = worker, train, stays_open
+    def __init__(self, worker: Worker, train: dict[str, Any]):
+        self.worker, self.train = worker, train
         self.is_open = False
         self.first: dict[str, Any] = {}  # what its very first step told
 
     def turn(self, steps: int, seconds: float) -> dict[str, Any]:
-        """So many steps, after one that is not counted where the session had to be opened."""
+        """So many steps. A session that has to be opened takes one before them, which is not counted."""
         end = time.monotonic() + seconds
-        if not self.is_open:
-            opened = self.worker.ask({"do": "train", **self.train, "steps": 1}, seconds)
-            self.is_open = True
-            self.first = self.first or opened
-        told = self.worker.ask({"do": "steps", "steps": steps}, end - time.monotonic())
-        if not self.stays_open:
-            self.stop(end - time.monotonic())
-        return told
+        try:
+            if not self.is_open:
+                opened = self.worker.ask({"do": "train", **self.train, "steps": 1}, seconds)
+                self.is_open = True
+                self.first = self.first or opened
+            return self.worker.ask({"do": "steps", "steps": steps}, end - time.monotonic())
+        except ProviderFailed:
+            self.is_open = False
+            raise
 
     def stop(self, seconds: float = 30.0) -> None:
-        if self.is_open and self.worker.alive:
-            self.is_open = False
-            self.worker.ask({"do": "stop"}, seconds)
+        was_open, self.is_open = self.is_open, False
+        if was_open and self.worker.alive:
+            stopped = self.worker.ask({"do": "stop"}, seconds)
+            if stopped["left_bytes"] > MOST_LEFT:
+                self.worker.close()
 
 
 class Workers:
-    """Who runs where: a process for each option on a CPU, whose memory is then its own; one per provider on a GPU."""
+    """Who runs where: a process for each option on a CPU, whose memory is then its own; else one per provider."""
 
-    def __init__(self, *, device: str, peers_python: str | None, threads: int | None):
-        self.device, self.peers_python, self.threads = device, peers_python, threads
+    def __init__(self, *, device: str, shares: bool, peers_python: str | None, threads: int | None):
+        self.device, self.shares, self.peers_python, self.threads = device, shares, peers_python, threads
         self.shared: dict[str, Worker] = {}
+        self.sessions: dict[str, Session] = {}  # of the shared processes: the one that is open, or was
         self.own: list[Worker] = []
 
     def new(self, provider: str) -> Worker:
         python = sys.executable if provider in (OURS, OURS_BF16) else self.peers_python or sys.executable
         return Worker(provider, python=python, device=self.device, threads=self.threads)
 
-    def start(self, providers: list[str]) -> None:
-        """On a GPU all processes import their libraries at the same time; nothing is measured yet."""
-        if self.device != "cpu":
+    def start(self, providers: Sequence[str]) -> None:
+        """Shared processes import their libraries at the same time, while nothing is measured yet."""
+        if self.shares:
             self.shared = {provider: self.new(provider) for provider in providers}
 
     def session(self, provider: str, train: dict[str, Any]) -> Session:
-        if self.device == "cpu":
+        """A new session. In a shared process the one before it is stopped."""
+        if not self.shares:
             self.own.append(self.new(provider))
-            return Session(self.own[-1], train, stays_open=True)
+            return Session(self.own[-1], train)
+        session = Session(self.free(provider), train)
+        self.sessions[provider] = session
+        return session
+
+    def resume(self, provider: str, session: Session) -> None:
+        """Make sure that the session can take turns, after others had its process."""
+        if self.shares and self.sessions.get(provider) is not session:
+            session.worker = self.free(provider)
+            self.sessions[provider] = session
+
+    def free(self, provider: str) -> Worker:
+        """The provider's shared process with no session open; a new one where it is gone."""
+        if provider in self.sessions:
+            self.leave(self.sessions[provider])
         if provider not in self.shared or not self.shared[provider].alive:
             self.shared[provider] = self.new(provider)
-        return Session(self.shared[provider], train, stays_open=False)
+        return self.shared[provider]
 
     def leave(self, session: Session) -> None:
         """The session is not needed any more; nor is its process, unless others share it."""
         if session.worker in self.own:
             self.own.remove(session.worker)
             session.worker.close()
+        elif self.sessions.get(session.worker.provider) is session:
+            del self.sessions[session.worker.provider]
+            try:
+                session.stop()
+            except ProviderFailed:
+                session.worker.close()
 
     def close(self) -> None:
         for worker in (*self.own, *self.shared.values()):
             worker.close()
-        self.own, self.shared = [], {}
+        self.own, self.shared, self.sessions = [], {}, {}

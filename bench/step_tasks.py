@@ -26,6 +26,7 @@ class Task:
     providers: Sequence[str] = PROVIDERS
     learning_rate: float = 3e-4
     samples: int = 4096  # conversations that are cycled through
+    time_share: float = 1.0  # of the minutes, against the other tasks
 
     @property
     def config(self) -> ModelArchitectureConfig:
@@ -75,6 +76,7 @@ GPU_TASKS = (
         dtype="bfloat16",
         providers=(OURS, TRL, PLAIN),
         learning_rate=2e-5,
+        time_share=2.0,  # all start, and what is compiled is compiled here
     ),
     Task(
         name="1.7B, causal 4096, share 1",

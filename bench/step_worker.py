@@ -96,6 +96,8 @@ class Gate:
             "first_step_ends": self.first_step_ends,
         }
         self.steps = []
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # others take their turn now, and need the memory
         self.say(told)
         line = self.commands.readline()
         command = json.loads(line) if line else {"do": "stop"}
@@ -118,13 +120,19 @@ def peak_bytes(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")
 
 
-def give_back(device: torch.device) -> None:
-    """Memory that nobody uses any more goes back to the device, or to the system."""
+def give_back(device: torch.device) -> int:
+    """Memory that nobody uses any more goes back to the device, or to the system; the bytes still held on a GPU.
+
+    An error of the GPU is raised: after one, the process is of no use.
+    """
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(device)
 
 
 def session(command: dict[str, Any], provider: str, device: torch.device, say: Callable, commands: TextIO) -> None:
@@ -161,11 +169,10 @@ def main(argv: list[str]) -> None:
             continue
         try:
             session(command, provider, device, say, sys.stdin)
-            told = {"stopped": True}
+            told: dict[str, Any] = {"stopped": True}
         except Exception as error:
             told = {"failed": reason(error)}
-        give_back(device)
-        say(told)
+        say({**told, "left_bytes": give_back(device)})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""make gpu: the benchmark and the GPU tests in one command, of which neither costs the other's result."""
+"""make gpu: the benchmarks and the GPU tests in one command, of which none costs the others' results."""
 
 import os
 import re
@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.loss import LossBenchmark
+from bench.step import GRACE
 from tests.conftest import ROOT
 
-BENCHMARK, TESTS = "bench/loss.py", "-m pytest"
+STEP, LOSS, TESTS = "bench/step.py", "bench/loss.py", "-m pytest"
+PARTS = {STEP: "step.txt", LOSS: "loss.txt", TESTS: "gpu_tests.txt"}
 HOLDS_GPU_TESTS = re.compile(r"mark\.gpu|tests\.devices")
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -30,41 +31,44 @@ def made(tmp_path: Path, script: str, *variables: str) -> tuple[int, list[str], 
     return done.returncode, [line for line in calls.read_text().splitlines() if "import xdist" not in line], out
 
 
-@pytest.mark.parametrize(("broken", "status"), [(TESTS, 2), (BENCHMARK, 2), ("nothing", 0)])
-def test_both_run_whatever_becomes_of_the_other_and_the_status_tells(broken: str, status: int, tmp_path: Path):
-    returned, (benchmark, tests), out = made(tmp_path, f"*'{broken}'*) exit 1;;")
+@pytest.mark.parametrize(("broken", "status"), [(TESTS, 2), (STEP, 2), (LOSS, 2), ("nothing", 0)])
+def test_all_run_whatever_becomes_of_the_others_and_the_status_tells(broken: str, status: int, tmp_path: Path):
+    returned, (step, loss, tests), out = made(tmp_path, f"*'{broken}'*) exit 1;;")
     assert returned == status
-    assert benchmark == f".:elsewhere bench/loss.py --device=cuda --out_dir={out}"
+    assert re.fullmatch(rf"\.:elsewhere bench/step.py --device=cuda --minutes=[\d.]+ --out_dir={out}", step)
+    assert re.fullmatch(rf"\.:elsewhere bench/loss.py --device=cuda --minutes=[\d.]+ --out_dir={out}", loss)
     assert re.match(r"\.:elsewhere -m pytest -m gpu .*--continue-on-collection-errors -n 4 --junitxml=", tests)
     files = tests.split()[-len(gpu_files()) :]
     assert files == sorted((f"tests/{path.name}" for path in gpu_files()), reverse=True)
-    assert files[0].startswith("tests/test_masked_cross_entropy")
-    assert (out / "loss.txt").read_text() == ("" if broken == BENCHMARK else "told bench/loss.py\n")
-    assert (out / "gpu_tests.txt").read_text() == ("" if broken == TESTS else "told -m\n")
+    for part, name in PARTS.items():
+        assert (out / name).read_text() == ("" if part == broken else f"told {part.split()[0]}\n")
 
 
-@pytest.mark.parametrize("hanging", [TESTS, BENCHMARK])
-def test_what_hangs_is_stopped_and_the_other_has_its_result(hanging: str, tmp_path: Path):
+@pytest.mark.parametrize("hanging", PARTS)
+def test_what_hangs_is_stopped_and_the_others_have_their_results(hanging: str, tmp_path: Path):
     begin = time.monotonic()
-    returned, calls, out = made(tmp_path, f"*'{hanging}'*) exec sleep 60;;", "BENCH_SECONDS=1", "TEST_SECONDS=1")
+    limits = [f"{name}_SECONDS=1" for name in ("STEP", "LOSS", "TEST")]
+    returned, calls, out = made(tmp_path, f"*'{hanging}'*) exec sleep 60;;", *limits)
     assert time.monotonic() - begin < 30
     assert returned == 2
-    assert len(calls) == 2
-    assert (out / ("loss.txt" if hanging == TESTS else "gpu_tests.txt")).read_text().startswith("told")
+    assert len(calls) == 3
+    for part, name in PARTS.items():
+        assert part == hanging or (out / name).read_text().startswith("told")
 
 
 def test_without_xdist_the_tests_run_in_one_process(tmp_path: Path):
-    _, (_, tests), _ = made(tmp_path, "*xdist*) exit 1;;")
+    _, (_, _, tests), _ = made(tmp_path, "*xdist*) exit 1;;")
     assert " -n " not in tests
 
 
-def test_both_fit_in_eight_minutes_and_the_benchmark_in_its_limit():
+def test_all_fit_in_eight_minutes_and_the_benchmarks_in_their_limits():
     text = (ROOT / "Makefile").read_text()
-    limits = {name: int(value) for name, value in re.findall(r"^(\w+_SECONDS) \?= (\d+)", text, re.MULTILINE)}
+    limits = {name: float(value) for name, value in re.findall(r"^(\w+_\w+) \?= ([\d.]+)", text, re.MULTILINE)}
     grace = [int(seconds) for seconds in re.findall(r"timeout .*-k (\d+)", text)]
-    assert len(limits) == len(grace) == 2
-    assert sum(limits.values()) + sum(grace) <= 8 * 60
-    assert limits["BENCH_SECONDS"] >= LossBenchmark().minutes * 60 + 30
+    assert len(grace) == 3
+    assert sum(value for name, value in limits.items() if name.endswith("_SECONDS")) + sum(grace) <= 8 * 60
+    assert limits["LOSS_SECONDS"] >= limits["LOSS_MINUTES"] * 60 + 30
+    assert limits["STEP_SECONDS"] >= limits["STEP_MINUTES"] * 60 + GRACE + 10
 
 
 def gpu_files() -> list[Path]:
