@@ -238,3 +238,30 @@ def test_a_batch_knows_its_documents_without_reading_them_from_the_device(monkey
     batch = make_batch([random_documents([9, 20]), random_documents([30])], block_size=32, pad_id=0)
     monkeypatch.setattr(Tensor, "nonzero", None)
     assert batch.documents.spans.lengths == [9, 20, 3, 30, 2]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("varlen", [[1, 9, 3], [4, 1, 2]]), ("whole_rows", [[16], [16]])])
+def test_the_kernels_of_a_gpu_are_called_as_their_schemas_and_shapes_say(name: str, rows: list[list[int]]):
+    """On tensors without content: PyTorch checks the arguments, and tells the shapes of the results."""
+    N, H, G, C = 32, 4, 2, 64
+    q, k, v, grad = (torch.empty(N, n, C, dtype=torch.bfloat16, device="meta") for n in (H, G, G, H))
+    spans = Documents.of_lengths(rows, block_size=16, place=lambda array: torch.from_numpy(array).to("meta")).spans
+    offsets = spans.offsets[: len(spans.lengths) + 1]
+    out, lse = attention_backends.KERNELS[name].forward(q, k, v, offsets, spans.extent)
+    assert (out.shape, out.dtype) == ((N, H, C), torch.bfloat16)
+    assert (lse.numel(), lse.dtype) == (N * H, torch.float32)
+    kept = lse.reshape(H, N)
+    gradients = attention_backends.KERNELS[name].backward(grad, q, k, v, out, kept, offsets, spans.extent)
+    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
+
+
+def test_whole_rows_are_told_from_documents_when_the_operator_runs():
+    def kernel(rows: list[list[int]]) -> attention_backends.Kernel:
+        spans = lengths_of(rows).spans
+        return attention_backends._kernel("varlen_whole_rows", spans.extent, rows=len(rows), positions=16 * len(rows))
+
+    whole, varlen = attention_backends.KERNELS["whole_rows"], attention_backends.KERNELS["varlen"]
+    assert kernel([[16], [16]]) is whole
+    assert kernel([[16], []]) is whole  # padding is a document, too
+    for rows in ([[15, 1], [16]], [[15], [16]], [[8, 8], [8, 8]]):
+        assert kernel(rows) is varlen
