@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from sft.recompute import Recomputing
 from sft.run import Run
 from sft.run_log import RunLog
 from sft.tracing import StepTrace
-from sft.world import DeviceChoice, World, join_world
+from sft.world import DeviceChoice, GradientCompression, World, join_world
 
 # names of numbers, their range in words, and the range
 RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
@@ -42,6 +43,7 @@ RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("eval_interval eval_rows log_interval save_interval keep_checkpoints", "above 0", lambda value: value > 0),
     ("seed min_lr warmup_iters weight_decay log_save_seconds", "0 or more", lambda value: value >= 0),
     ("dropout beta1 beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
+    ("ddp_bucket_mb", "above 0", lambda value: value > 0),
     ("seed", "below 2**63", lambda value: value < 2**63),
     ("block_size max_epochs", "at most ten million", lambda value: value <= 10**7),
 )
@@ -91,6 +93,8 @@ class TrainSettings:
     attention: AttentionChoice = "auto"  # within documents; auto = the fastest that works here; all are exact
     loss_kernel: LossKernel = "auto"  # of the head and its loss; auto = triton on CUDA, else torch; all are exact
     activation_checkpointing: Recomputing = "none"  # recomputed in the backward: selective = cheap parts, full = blocks
+    ddp_bucket_mb: int = 25  # MiB of gradients that ranks add up at a time, while the backward goes on
+    gradient_compression: GradientCompression = "none"  # between ranks; bf16 = half of the bytes, and bf16's rounding
     profile: bool = False  # write a Chrome trace of three early steps, and their dearest operators, into out_dir
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
@@ -354,6 +358,7 @@ def build_run(
             "data_fingerprint": data.fingerprint,
             "tokenizer_fingerprint": data.meta["tokenizer_fingerprint"],
         },
+        wrap=partial(world.wrap, bucket_mb=settings.ddp_bucket_mb, compression=settings.gradient_compression),
         trace=StepTrace(out_dir / "trace_rank0.json.gz", device=world.device) if profiles else None,
     )
 

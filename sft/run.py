@@ -46,15 +46,19 @@ class Run:
         out_dir: Path,
         keep_checkpoints: int | None,
         constants: Mapping[str, Any],
+        wrap: Callable[[nn.Module], nn.Module],
         trace: StepTrace | None = None,
     ):
-        """`constants` go into every checkpoint as they are: what the run was made of. `trace` is to be made of it."""
+        """`constants` go into every checkpoint as they are: what the run was made of. `trace` is to be made of it.
+
+        `wrap` makes of the loss of this rank one whose gradients are averaged over all ranks.
+        """
         self.world, self.model, self.optimizer = world, model, optimizer
         self.loader, self.validation, self.journal = loader, validation, journal
         self.training_flops = training_flops
         self.out_dir, self.keep_checkpoints, self.constants = out_dir, keep_checkpoints, constants
         self.local_loss = SummedLoss(model, autocast_dtype=autocast_dtype, loss=loss)
-        self.loss_module = world.wrap(self.local_loss)
+        self.loss_module = wrap(self.local_loss)
         self.progress = Progress(world)
         self.collector = QuietCollector()
         self.trace = trace

@@ -142,6 +142,33 @@ def test_a_world_of_one_needs_no_process_group():
         assert world.wrap(module) is module
 
 
+def test_torchrun_with_one_process_pays_for_no_wrapper_and_no_process_group(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with join_world("cpu") as world:
+        assert not torch.distributed.is_initialized()
+        module = torch.nn.Linear(2, 2)
+        assert world.wrap(module, bucket_mb=1, compression="bf16") is module
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_step_reduces_its_gradients_once_and_bf16_changes_their_rounding_alone(tmp_path, processes):
+    torchrun(processes, ROOT / "tests" / "reduce_worker.py", tmp_path / "results.pt")
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
+    *_, buckets = results["reductions of 1"]
+    assert buckets > 1
+    assert results["reductions of 3"] == results["reductions of 1"]  # with the last micro-step only
+    for compression in ("none", "bf16"):
+        assert results[f"{compression} is the same on all ranks"]
+    (losses, norms), (rounded, rounded_norms) = results["none"], results["bf16"]
+    assert rounded_norms[0] == pytest.approx(norms[0], rel=1e-3)  # the same scale: divided after the sum
+    assert rounded != losses
+    assert rounded == pytest.approx(losses, rel=0.01)
+    assert rounded_norms == pytest.approx(norms, rel=0.05)
+    assert losses[-1] < 0.1 * losses[0]
+
+
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no CUDA GPU"), join_world("cuda"):
