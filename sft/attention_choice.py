@@ -104,7 +104,7 @@ def choose_attention(
 def first_documents(loader: TrainLoader) -> Documents:
     """Those of the first micro-step of a run, on its device."""
     rows = [loader.samples.lengths[loader.stream.row(place)].tolist() for place in range(loader.batch_size)]
-    return _documents(rows, loader.stream.block_size, loader.device)
+    return documents_of(rows, loader.stream.block_size, loader.device)
 
 
 def _measured_choice(choice: AttentionChoice, heads: Heads, dtype: torch.dtype, documents: Documents) -> Attention:
@@ -120,7 +120,7 @@ def _measured_choice(choice: AttentionChoice, heads: Heads, dtype: torch.dtype, 
     name = best
     if best == "varlen":
         B, T = documents.ids.shape
-        whole = _documents([[T]] * B, T, documents.ids.device)
+        whole = documents_of([[T]] * B, T, documents.ids.device)
         ours, theirs = (try_out(each, heads, dtype, whole) for each in ("varlen", "varlen_whole_rows"))
         if theirs.milliseconds < ours.milliseconds:
             name = "varlen_whole_rows"  # type: ignore[assignment]
@@ -148,17 +148,27 @@ def _take(chosen: Attention, heads: Heads, dtype: torch.dtype, device: torch.dev
 
 
 def try_out(name: str, heads: Heads, dtype: torch.dtype, documents: Documents) -> Outcome:
-    """Numbers and time of a back end; FlashAttention 3 and 4 are active meanwhile only."""
-    if (problem := unsupported(name, heads, dtype, documents)) is not None:
+    """The time of a back end that gives the right numbers."""
+    if (problem := problem_of(name, heads, dtype, documents)) is not None:
         return Outcome(problem=problem)
-    back_end = Attention(name, "").back_end
 
     def measure() -> Outcome:
-        with _active(name):
-            problem = wrong_numbers(back_end, heads, dtype, documents.ids.device)
-            return Outcome(problem=problem) if problem else Outcome(_milliseconds(back_end, heads, dtype, documents))
+        with active(name):
+            return Outcome(_milliseconds(Attention(name, "").back_end, heads, dtype, documents))
 
     return _outcome_of(measure)
+
+
+def problem_of(name: str, heads: Heads, dtype: torch.dtype, documents: Documents) -> str | None:
+    """Why a back end cannot be used for these documents; None if it can."""
+    if (problem := unsupported(name, heads, dtype, documents)) is not None:
+        return problem
+
+    def examine() -> Outcome:
+        with active(name):
+            return Outcome(problem=wrong_numbers(Attention(name, "").back_end, heads, dtype, documents.ids.device))
+
+    return _outcome_of(examine).problem
 
 
 def _outcome_of(measure: Callable[[], Outcome]) -> Outcome:
@@ -205,7 +215,8 @@ def _is_installed(module: str) -> bool:
 
 
 @contextlib.contextmanager
-def _active(name: str) -> Iterator[None]:
+def active(name: str) -> Iterator[None]:
+    """FlashAttention 3 or 4 in the place of what PyTorch brings along, if the name is theirs."""
     if name not in IMPLEMENTATIONS:
         yield
         return
@@ -218,9 +229,9 @@ def _active(name: str) -> Iterator[None]:
 
 def wrong_numbers(back_end: BackEnd, heads: Heads, dtype: torch.dtype, device: torch.device) -> str | None:
     """What is wrong with values or gradients beside the definition's in fp32; None if nothing is."""
-    batches = [_documents(TRIAL_ROWS, TRIAL_TOKENS, device)]
+    batches = [documents_of(TRIAL_ROWS, TRIAL_TOKENS, device)]
     if back_end == "varlen_whole_rows":
-        batches.append(_documents([[TRIAL_TOKENS]] * len(TRIAL_ROWS), TRIAL_TOKENS, device))
+        batches.append(documents_of([[TRIAL_TOKENS]] * len(TRIAL_ROWS), TRIAL_TOKENS, device))
     for documents in batches:
         *inputs, grad = drawn(heads, dtype, documents)
         wide = [x.detach().float().requires_grad_() for x in inputs]
@@ -269,7 +280,7 @@ def drawn(heads: Heads, dtype: torch.dtype, documents: Documents) -> list[Tensor
     return [x.transpose(1, 2).requires_grad_(place < 3) for place, x in enumerate(tensors)]
 
 
-def _documents(rows: Sequence[Sequence[int]], block_size: int, device: torch.device) -> Documents:
+def documents_of(rows: Sequence[Sequence[int]], block_size: int, device: torch.device) -> Documents:
     return Documents.of_lengths(
         rows, block_size=block_size, place=lambda array: on_device(torch.from_numpy(array), device)
     )

@@ -17,7 +17,7 @@ from tests.tiny import CPU_WORLD
 HEADS = Heads(query=4, key=2, size=16)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GPU_WORLD = World(rank=0, size=1, device=GPU)  # no GPU is touched before a trial
-DOCUMENTS = attention_choice._documents([[100, 20], [128]], 128, CPU)
+DOCUMENTS = attention_choice.documents_of([[100, 20], [128]], 128, CPU)
 
 
 def choose(choice, *, world=GPU_WORLD, dropout=0.0) -> Attention:

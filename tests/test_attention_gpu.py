@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 import train_sft
 from sft.attention import BackEnd, Documents, causal_attention
-from sft.attention_choice import BY_TRIAL, Heads, _active, _documents, drawn, try_out, unsupported
+from sft.attention_choice import BY_TRIAL, Heads, active, documents_of, drawn, try_out, unsupported
 from sft.batches import make_batch
 from sft.prefetch import Ahead
 from tests.conftest import SHAPE
@@ -33,7 +33,7 @@ def results(back_end: BackEnd, inputs: list[Tensor], grad: Tensor, documents: Do
 @pytest.mark.parametrize("name", [*BY_TRIAL, "varlen_whole_rows", "definition"])
 def test_every_back_end_computes_the_definition_in_value_and_gradient(name, heads, dtype):
     whole_rows = name == "varlen_whole_rows"
-    documents = _documents([[320], [320]] if whole_rows else ROWS, 320, GPU)
+    documents = documents_of([[320], [320]] if whole_rows else ROWS, 320, GPU)
     if name == "flex" and heads.key != 2:
         pytest.skip("each shape is compiled for seconds")
     if name != "definition" and (problem := unsupported(name, heads, dtype, documents)) is not None:
@@ -41,7 +41,7 @@ def test_every_back_end_computes_the_definition_in_value_and_gradient(name, head
     *inputs, grad = drawn(heads, dtype, documents)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected = results("definition", exact, grad.double(), documents)
-    with _active(name):
+    with active(name):
         found = results("varlen" if name.startswith("flash") else name, inputs, grad, documents)
     for one, two in zip(found, expected, strict=True):
         assert one.dtype == dtype
@@ -49,7 +49,7 @@ def test_every_back_end_computes_the_definition_in_value_and_gradient(name, head
 
 
 def test_dropout_under_a_mask_leaves_out_and_scales_up_probabilities():
-    documents = _documents(ROWS, 320, GPU)
+    documents = documents_of(ROWS, 320, GPU)
     q, k, v, _ = drawn(Heads(4, 2, 64), torch.bfloat16, documents)
     sums = causal_attention(q, k, torch.ones_like(v), documents=documents, dropout=0.5)
     assert sums.min() < 0.9
@@ -59,7 +59,7 @@ def test_dropout_under_a_mask_leaves_out_and_scales_up_probabilities():
 
 @pytest.mark.parametrize("back_end", ["varlen", "flex"])
 def test_changing_one_document_leaves_the_others_bit_identical(back_end):
-    documents = _documents(ROWS, 320, GPU)
+    documents = documents_of(ROWS, 320, GPU)
     q, k, v, _ = (x.detach() for x in drawn(Heads(4, 2, 64), torch.bfloat16, documents))
     before = causal_attention(q, k, v, documents=documents, dropout=0.0, back_end=back_end)
     for x in (q, k, v):
@@ -76,7 +76,7 @@ def test_changing_one_document_leaves_the_others_bit_identical(back_end):
 def test_neither_a_batch_nor_attention_waits_for_the_device(name):
     batch_rows = [random_documents([100, 27]), random_documents([128])]
     make_batch(batch_rows, block_size=128, pad_id=0, device=GPU)  # the first pinned memory may wait
-    documents = _documents([[128], [128]], 128, GPU)
+    documents = documents_of([[128], [128]], 128, GPU)
     *inputs, grad = drawn(Heads(4, 2, 64), torch.bfloat16, documents)
     results(name, inputs, grad, documents)  # libraries are loaded
     torch.cuda.synchronize()
@@ -126,7 +126,7 @@ def test_batches_made_ahead_bring_their_documents_along():
 
 
 def test_the_choice_is_one_that_works_and_is_told_with_the_times_of_all():
-    documents = _documents([[600, 600, 600, 200]] * 4, 2048, GPU)
+    documents = documents_of([[600, 600, 600, 200]] * 4, 2048, GPU)
     heads = Heads(16, 8, 128)
     outcomes = {name: try_out(name, heads, torch.bfloat16, documents) for name in BY_TRIAL}
     print(outcomes)
