@@ -12,10 +12,11 @@ CPU_CHUNK, CUDA_CHUNK = 7, 128  # rows, in tests that need several chunks
 
 
 def small_chunks_of(monkeypatch, V=257):
-    """Chunks of 7 rows on the CPU, in blocks of 3, and of 128 on a GPU."""
+    """Chunks of 7 rows on the CPU, in blocks of 3, bf16 products of 100 rows, and chunks of 128 on a GPU."""
     changes = {"CPU_CHUNK": CPU_CHUNK * V, "CPU_BLOCK": 3 * V, "CUDA_BYTES": 0, "CUDA_LEAST_ROWS": CUDA_CHUNK}
     for name, value in changes.items():
         monkeypatch.setattr(f"sft.kernels.linear_cross_entropy.{name}", value)
+    monkeypatch.setattr("sft.kernels.products.CPU_ROWS", 100)
 
 
 def problem(*, M=50, n=20, D=16, V=257, dtype=torch.float64, masked=0.3, filled=0, device="cpu", seed=0):

@@ -44,6 +44,7 @@ def test_activation_checkpointing_and_a_tied_head_keep_the_gradients(device, dty
 
 
 @each_device
+@pytest.mark.usefixtures("small_chunks")  # the product of one chunk is bf16 on a CPU
 def test_under_autocast_an_fp32_head_keeps_an_fp32_gradient(device):
     hidden, head, labels, weights, rows = problem(dtype=torch.float32, device=device)
     with torch.autocast(device, torch.bfloat16):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
 CPU_SUM = 2**13  # terms of a sum at once
+CPU_ROWS = 2**11  # of a bf16 product at once
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -38,6 +39,8 @@ def add_product(total: Tensor, g: Tensor, h: Tensor, *, first: bool) -> None:
     if total.dtype != g.dtype:
         if g.is_cuda:
             half_precision_adds(g.device, g.dtype)(total, g.t(), h, first)
+        elif g.dtype == torch.bfloat16:
+            add_rounded(total, g.t(), h, first)
         else:
             add_widened(total, g.t(), h, first)
     elif first:
@@ -61,6 +64,17 @@ def add_apart(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 def add_widened(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1, out=total)
+
+
+def add_rounded(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """For CPUs, which have bf16 products with bf16 results alone: a third of the time of fp32 ones, and one rounding.
+
+    A few rows at once, whose product is still in the cache when it is added.
+    """
+    for rows in range(0, len(total), CPU_ROWS):
+        part = slice(rows, rows + CPU_ROWS)
+        partial = torch.mm(a[part], b)
+        total[part].copy_(partial) if first else total[part].add_(partial)
 
 
 def is_out_of_memory(error: Exception) -> bool:
