@@ -38,7 +38,7 @@ from sft.config import load_settings
 from sft.errors import UserError, run_program
 from sft.speed import peak_flops
 
-STEPS = {"cpu": 2, "cuda": 3}  # of a turn
+STEPS = {"cpu": 1, "cuda": 3}  # of a turn
 GRACE = 20  # seconds after the minutes in which turns may end and processes leave
 
 
@@ -53,7 +53,7 @@ class StepBenchmark:
     peers_python: str | None = None  # the interpreter that has the other projects; None = this one
     shared: str | None = None  # a folder with data/ and tokenizer/; None = ../shared, if there is one
     threads: int | None = None  # of each process on a CPU; None = as many as there are cores
-    steps: int | None = None  # of a turn; None = 2 on a CPU, 3 on a GPU
+    steps: int | None = None  # of a turn; None = 1 on a CPU, 3 on a GPU
     shares: bool | None = None  # one process per provider for all of its options; None = on a GPU
     rounds: int = 6  # at most
     minutes: float = 3.0  # for everything but what is measured apart; a CPU needs 9

@@ -113,7 +113,8 @@ def try_option(run: TaskRun, entry: Entry, option: Option, *, in_time: bool) -> 
     if entry.session is not None:
         run.workers.leave(entry.session)
     entry.session, entry.option, entry.best, entry.turns = session, option, speed(turn), [turn]
-    entry.first = {**(session.worker.ready or {}), **session.first, "process_started": session.worker.started}
+    ready = session.worker.ready or {}
+    entry.first = {**session.first, **ready, "import_seconds": ready["at"] - session.worker.started}
 
 
 def take_rounds(run: TaskRun, entries: Sequence[Entry]) -> None:
@@ -201,7 +202,7 @@ def row_of(entry: Entry, flops: float) -> dict[str, Any]:
         "peak_bytes": peak,
         "resident_bytes_after_imports": entry.first["resident_bytes"],
         "import_seconds": entry.first["import_seconds"],
-        "start_to_first_step_seconds": entry.first["first_step_ends"] - entry.first["process_started"],
+        "start_to_first_step_seconds": entry.first["import_seconds"] + entry.first["open_seconds"],
         **told,
     }
 
@@ -249,7 +250,7 @@ GPU_GRIDS: dict[str, Sequence[Option]] = {
         {"packing": True, "batch": 4, "liger": True, "attention": "flash_attention_2"},
         {"packing": True, "batch": 1},
     ),
-    PADDED: ({"batch": 8, "group_by_length": True}, {"batch": 16, "group_by_length": True}, {"batch": 16}),
+    PADDED: ({"batch": 16, "group_by_length": True}, {"batch": 32, "group_by_length": True}, {"batch": 16}),
     PLAIN: ({"block": 4096, "batch": 2}, {"block": 4096, "batch": 2, "compile": True}),
 }
 GRIDS = {"cpu": CPU_GRIDS, "cuda": GPU_GRIDS}

@@ -34,10 +34,11 @@ class Micro(NamedTuple):
     trained: int  # labels that are the target of some position
 
 
-def load() -> None:
-    import transformers
+def load(provider: str) -> None:
+    if provider == PADDED:
+        import transformers
 
-    transformers.logging.set_verbosity_error()
+        transformers.logging.set_verbosity_error()
 
 
 def laid_out(documents: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> Micro:

@@ -27,7 +27,7 @@ MOST_STEPS = 10**6
 COMPILED: list[dict[str, Any]] = []  # the option that torch.compile worked for last
 
 
-def load() -> None:
+def load(provider: str) -> None:
     """Everything is imported already."""
 
 

@@ -20,7 +20,7 @@ from sft.samples import NOT_TRAINED
 NEVER = 10**9
 
 
-def load() -> None:
+def load(provider: str) -> None:
     import datasets
     import transformers
     from trl import SFTConfig, SFTTrainer

@@ -54,9 +54,9 @@ class Work:
 
     @property
     def documents_per_step(self) -> int:
-        """For those who count conversations: as many as fill a step, in sixteens so that micro-steps divide it."""
+        """For those who count conversations: as many as fill a step, or a few more, so that micro-steps divide it."""
         count = max(1, round(self.task.tokens_per_step / float(self.samples.lengths.mean())))
-        return count if count < 16 else -(-count // 16) * 16
+        return 1 << (count - 1).bit_length() if count < 16 else -(-count // 16) * 16
 
 
 class Step(NamedTuple):
@@ -73,14 +73,14 @@ class Gate:
     def __init__(self, device: torch.device, steps: int, say: Callable[[dict[str, Any]], None], commands: TextIO):
         self.device, self.wanted, self.say, self.commands = device, steps, say, commands
         self.steps: list[Step] = []
-        self.first_step_ends: float | None = None
+        self.open_seconds: float | None = None  # from here to the end of the first step
         self.begin = time.perf_counter()
 
     def __call__(self, step: Step) -> bool:
         self.steps.append(step)
-        if self.first_step_ends is None:
+        if self.open_seconds is None:
             synchronise(self.device)
-            self.first_step_ends = time.time()
+            self.open_seconds = time.perf_counter() - self.begin
             forget_peak(self.device)
         if len(self.steps) < self.wanted:
             return True
@@ -93,7 +93,7 @@ class Gate:
             "trained": sum(int(step.trained) for step in self.steps),
             "losses": [float(step.loss) for step in self.steps],
             "peak_bytes": peak_bytes(self.device),
-            "first_step_ends": self.first_step_ends,
+            "open_seconds": self.open_seconds,
         }
         self.steps = []
         if self.device.type == "cuda":
@@ -137,11 +137,12 @@ def give_back(device: torch.device) -> int:
 
 def session(command: dict[str, Any], provider: str, device: torch.device, say: Callable, commands: TextIO) -> None:
     """One `train` command: everything up to its `stop`."""
+    gate = Gate(device, command["steps"], say, commands)
     train = import_module(MODULES[provider]).train
     task = Task.from_dict(command["task"])
     samples = load_samples(Path(command["inputs"]))
     work = Work(task, provider, samples, device, command["option"], command.get("plan"))
-    train(work, Gate(device, command["steps"], say, commands))
+    train(work, gate)
 
 
 def main(argv: list[str]) -> None:
@@ -154,15 +155,14 @@ def main(argv: list[str]) -> None:
         answers.write(json.dumps(told) + "\n")
 
     device = torch.device(device_name)
-    begin = time.perf_counter()
     try:
-        import_module(MODULES[provider]).load()
+        import_module(MODULES[provider]).load(provider)
         if device.type == "cuda":
             torch.zeros(1, device=device)
     except Exception as error:  # ImportError, and whatever a library does while it is imported
         say({"missing": reason(error)})
         return
-    say({"ready": True, "import_seconds": time.perf_counter() - begin, "resident_bytes": resident_bytes("VmRSS")})
+    say({"ready": True, "at": time.time(), "resident_bytes": resident_bytes("VmRSS")})
     while line := sys.stdin.readline():
         command = json.loads(line)
         if command["do"] != "train":
