@@ -54,7 +54,8 @@ class Ahead(Iterator[Item], Generic[Item]):
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(made.copied)
             for tensor in tensors_of(made.item):
-                tensor.record_stream(stream)  # its memory is the other stream's, to be reused when this one is done
+                if tensor.is_cuda:  # its memory is the other stream's, to be reused when this one is done
+                    tensor.record_stream(stream)
         return made.item
 
     def close(self) -> None:
