@@ -31,7 +31,7 @@ def document_attention(
     the tokens of the longest. As an operator of its own it reads them when it runs: handed to PyTorch's varlen_attn in
     a compiled block, number and length would be part of the program.
     """
-    out, lse = _kernel(kernel, extent, rows=rows, positions=q.shape[0]).forward(q, k, v, _used(offsets, extent), extent)
+    out, lse = _kernel(kernel, extent, rows).forward(q, k, v, _used(offsets, extent), extent)
     assert lse.numel() == q.shape[0] * q.shape[1], f"one denominator for each query and head, not {lse.shape}"
     return out.contiguous(), lse.reshape(q.shape[1], q.shape[0]).contiguous()
 
@@ -58,7 +58,7 @@ def document_attention_backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each of its shape; the other arguments are those and the results of the forward pass."""
-    backward = _kernel(kernel, extent, rows=rows, positions=q.shape[0]).backward
+    backward = _kernel(kernel, extent, rows).backward
     of_q, of_k, of_v = backward(grad.contiguous(), q, k, v, out, lse, _used(offsets, extent), extent)
     return of_q.contiguous(), of_k.contiguous(), of_v.contiguous()
 
@@ -89,10 +89,9 @@ class Kernel(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def _kernel(name: str, extent: Tensor, *, rows: int, positions: int) -> Kernel:
-    count, longest = extent.tolist()  # on the host already
-    if name == "varlen_whole_rows":
-        name = "whole_rows" if count == rows and longest * rows == positions else "varlen"
+def _kernel(name: str, extent: Tensor, rows: int) -> Kernel:
+    if name == "varlen_whole_rows":  # no row is without a document
+        name = "whole_rows" if int(extent[0]) == rows else "varlen"
     return KERNELS[name]
 
 

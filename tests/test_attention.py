@@ -258,7 +258,7 @@ def test_the_kernels_of_a_gpu_are_called_as_their_schemas_and_shapes_say(name: s
 def test_whole_rows_are_told_from_documents_when_the_operator_runs():
     def kernel(rows: list[list[int]]) -> attention_backends.Kernel:
         spans = lengths_of(rows).spans
-        return attention_backends._kernel("varlen_whole_rows", spans.extent, rows=len(rows), positions=16 * len(rows))
+        return attention_backends._kernel("varlen_whole_rows", spans.extent, len(rows))
 
     whole, varlen = attention_backends.KERNELS["whole_rows"], attention_backends.KERNELS["varlen"]
     assert kernel([[16], [16]]) is whole
