@@ -59,11 +59,14 @@ class ConfigurableGPT(nn.Module):
         positions: Tensor | None = None,
         documents: Documents | None = None,
         cache: Sequence[KeyValueCache] | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """What the head reads, (B, T, D), after the final norm.
 
         positions (B, T) count from 0 in each document, which is also what None means. With a cache, one entry per
-        block, ids are the newest tokens of rows whose earlier ones it holds; documents then covers those too.
+        block, ids are the newest tokens of rows whose earlier ones it holds; documents then covers those too. With
+        places (n,) in the flattened rows, of which some may be named twice, the result is (n, D), theirs alone: the
+        last block has no other use for its output projection and its feed-forward part.
         """
         if documents is not None:
             dropout = self.config.attention_dropout_rate if self.training else 0.0
@@ -75,9 +78,13 @@ class ConfigurableGPT(nn.Module):
             x = x + self.pos_encoding(positions)
         x = self.embedding_dropout(x)
         rotary = rotary_tables(positions, self.config) if self.config.position_encoding == "rope" else None
+        recomputing = self.activation_checkpointing if self.training else "none"
+        last = len(self.blocks) - 1
+        if self.compiled and places is not None:
+            torch._dynamo.maybe_mark_dynamic(places, 0)  # the number of trained tokens differs from batch to batch
         for i, block in enumerate(self.blocks):
             past = None if cache is None else cache[i]
-            x = block(x, rotary, documents, past, self.activation_checkpointing if self.training else "none")
+            x = block(x, rotary, documents, past, places if i == last else None, recomputing)
         return self.final_norm(x)
 
     @property
@@ -204,18 +211,25 @@ class Block(nn.Module):
         rotary: Rotary | None,
         documents: Documents | None,
         cache: KeyValueCache | None,
+        places: Tensor | None = None,
         recomputing: recompute.Recomputing = "none",
     ) -> Tensor:
         draws = self.residual_dropout.p > 0 or self.attn.dropout > 0
-        return recompute.run(self._compute, x, rotary, documents, cache, recomputing=recomputing, draws=draws)
+        return recompute.run(self._compute, x, rotary, documents, cache, places, recomputing=recomputing, draws=draws)
 
     def _compute(
-        self, x: Tensor, rotary: Rotary | None, documents: Documents | None, cache: KeyValueCache | None
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        documents: Documents | None,
+        cache: KeyValueCache | None,
+        places: Tensor | None,
     ) -> Tensor:
+        seen = self.attn(self.norm1(x) if self.norm_first else x, rotary, documents, cache, places)
+        x = chosen(x, places) + self.residual_dropout(seen)
         if self.norm_first:
-            x = x + self.residual_dropout(self.attn(self.norm1(x), rotary, documents, cache))
             return x + self.residual_dropout(self.ffn(self.norm2(x)))
-        x = self.norm1(x + self.residual_dropout(self.attn(x, rotary, documents, cache)))
+        x = self.norm1(x)
         return self.norm2(x + self.residual_dropout(self.ffn(x)))
 
 
@@ -240,7 +254,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rotary: Rotary | None, documents: Documents | None, cache: KeyValueCache | None
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        documents: Documents | None,
+        cache: KeyValueCache | None,
+        places: Tensor | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
         if self.grouped:
@@ -257,7 +276,7 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         dropout = self.dropout if self.training else 0.0
         mixed = causal_attention(q, k, v, documents=documents, dropout=dropout, back_end=self.back_end)
-        return self.c_proj(mixed.transpose(1, 2).reshape(B, T, self.query_rows))
+        return self.c_proj(chosen(mixed.transpose(1, 2).reshape(B, T, self.query_rows), places))
 
 
 class GatedFeedForward(nn.Module):
@@ -317,6 +336,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
+def chosen(x: Tensor, places: Tensor | None) -> Tensor:
+    """x (B, T, D) at some places of its flattened rows, (n, D); all of x where places is None."""
+    return x if places is None else x.flatten(0, 1).index_select(0, places)
 
 
 def build_norm(config: ModelArchitectureConfig) -> nn.Module:

@@ -122,9 +122,11 @@ def forward_flops(config: ModelArchitectureConfig, *, tokens: int, attended_pair
     """Floating-point operations of one forward: two for each multiply-add of each matrix product, nothing else.
 
     attended_pairs is the number of (query, key) pairs that the mask lets through, the sum of L(L+1)/2 over documents
-    of L tokens; the head runs on trained_tokens only. A backward costs twice as much again.
+    of L tokens; the head, and what the last block does after its attention, run on trained_tokens only. A backward
+    costs twice as much again.
     """
-    blocks = config.n_layer * _block_matrix_values(config) * tokens
+    after_attention = config.n_head * config.head_size * config.n_embd + _ffn_matrix_values(config)
+    blocks = config.n_layer * _block_matrix_values(config) * tokens - after_attention * (tokens - trained_tokens)
     attention = config.n_layer * 2 * config.n_head * config.head_size * attended_pairs  # scores, then mixed values
     head = config.vocab_size * config.n_embd * trained_tokens
     return 2 * (blocks + attention + head)
@@ -132,10 +134,12 @@ def forward_flops(config: ModelArchitectureConfig, *, tokens: int, attended_pair
 
 def _block_matrix_values(config: ModelArchitectureConfig) -> int:
     """The entries of all weight matrices of one block."""
-    D = config.n_embd
-    attention = (2 * config.n_head + 2 * config.key_heads) * config.head_size * D  # queries, output; keys, values
-    ffn = (3 if config.ffn_type == "swiglu" else 2) * config.ffn_width * D
-    return attention + ffn
+    attention = (2 * config.n_head + 2 * config.key_heads) * config.head_size * config.n_embd  # q, output; k, v
+    return attention + _ffn_matrix_values(config)
+
+
+def _ffn_matrix_values(config: ModelArchitectureConfig) -> int:
+    return (3 if config.ffn_type == "swiglu" else 2) * config.ffn_width * config.n_embd
 
 
 def _problems(values: Mapping[str, Any]) -> list[str]:

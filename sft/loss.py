@@ -46,17 +46,11 @@ class Loss:
     def sum(self, hidden: Tensor, head_weight: Tensor, batch: Batch, *, grad_scale: float = 1.0) -> Tensor:
         """The weighted sum of the token losses of a batch, a scalar in fp32 or wider; to be divided once, by the step.
 
-        hidden (B, T, D) after the final norm, head_weight (V, D). A batch without trained tokens gives zero and zero
-        gradients. `grad_scale` is the upstream gradient to expect: with it the backward pass has nothing left to do.
+        hidden (n, D) after the final norm, of the places batch.trained; head_weight (V, D). A batch without trained
+        tokens gives zero and zero gradients. `grad_scale` is the upstream gradient to expect: with it the backward
+        pass has nothing left to do.
         """
-        return self.function(
-            hidden.flatten(0, 1),
-            head_weight,
-            batch.targets,
-            batch.weights,
-            rows=batch.trained,
-            grad_scale=grad_scale,
-        ).loss_sum
+        return self.function(hidden, head_weight, batch.targets, batch.weights, grad_scale=grad_scale).loss_sum
 
 
 def choose_loss(choice: LossKernel, *, device: torch.device, dtype: torch.dtype, world: World | None = None) -> Loss:

@@ -18,7 +18,7 @@ from sft.world import World
 class SummedLoss(nn.Module):
     """A model and its loss as one module, so that DDP and autocast see the whole forward: Batch -> loss sum.
 
-    The model is a module with `hidden_states(ids, positions, documents)` and `head_weight`.
+    The model is a module with `hidden_states(ids, positions, documents, places=)` and `head_weight`.
     """
 
     def __init__(self, model: Any, *, autocast_dtype: torch.dtype | None = None, loss: Loss | None = None):
@@ -38,7 +38,7 @@ class SummedLoss(nn.Module):
             torch.manual_seed(batch.dropout_seed)
         device = batch.input_ids.device.type
         with torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            hidden = self.model.hidden_states(batch.input_ids, batch.positions, batch.documents)
+            hidden = self.model.hidden_states(batch.input_ids, batch.positions, batch.documents, places=batch.trained)
             return self.loss.sum(hidden, self.model.head_weight, batch, grad_scale=grad_scale)
 
 

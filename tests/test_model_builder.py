@@ -303,3 +303,23 @@ def test_compiled_blocks_compute_the_same():
 def test_logits_are_the_head_applied_to_the_hidden_states():
     model = lively(weight_tying=False)
     assert torch.equal(model(IDS), F.linear(model.hidden_states(IDS), model.head_weight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_states_of_some_places_are_those_of_all_places_there(kind: str):
+    model = lively(**KINDS[kind])
+    places = torch.tensor([1, 2, 40, 45, 90, 1])  # one of them twice, as where a GPU's batches are filled up
+    upstream = torch.randn(len(places), model.config.n_embd, generator=torch.Generator().manual_seed(2))
+    chosen = model.hidden_states(IDS, documents=documents(), places=places)
+    everywhere = model.hidden_states(IDS, documents=documents()).flatten(0, 1)[places]
+    torch.testing.assert_close(chosen, everywhere)
+    expected = gradients_of(model, (everywhere * upstream).sum())
+    for name, gradient in gradients_of(model, (chosen * upstream).sum()).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def gradients_of(model: ConfigurableGPT, value: Tensor) -> dict[str, Tensor]:
+    """Those of the parameters that it depends on: an untied head has none."""
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    return {name: each for name, each in zip(parameters, found, strict=True) if each is not None}

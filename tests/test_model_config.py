@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from model_builder import ConfigurableGPT
@@ -62,6 +63,19 @@ def test_forward_flops_are_what_pytorch_counts(changes: dict):
     products = sum(n for operation, n in counts.items() if "attention" not in str(operation))
     tokens = rows * length
     assert products == forward_flops(config, tokens=tokens, attended_pairs=0, trained_tokens=tokens)
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_what_only_trained_tokens_need_is_counted_and_computed_for_them_alone(changes: dict):
+    config = ModelArchitectureConfig(**SHAPE, **changes)
+    model, rows, length = ConfigurableGPT(config), 3, 16
+    places = torch.arange(7)
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.hidden_states(torch.zeros(rows, length, dtype=torch.long), places=places)
+        F.linear(hidden, model.head_weight)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for operation, n in counts.items() if "attention" not in str(operation))
+    assert products == forward_flops(config, tokens=rows * length, attended_pairs=0, trained_tokens=len(places))
 
 
 def test_attention_flops_are_two_products_of_every_attended_pair():
