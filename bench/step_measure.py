@@ -197,6 +197,7 @@ def row_of(entry: Entry, flops: float) -> dict[str, Any]:
         "trained_tokens_per_second": statistics.median(speed(turn, "trained") for turn in entry.turns),
         "rounds": speeds,
         "spread": (max(speeds) - min(speeds)) / statistics.median(speeds),
+        "processor_seconds_per_million_tokens": min(1e6 * t["processor_seconds"] / t["tokens"] for t in entry.turns),
         "steps_per_round": entry.turns[0]["steps"],
         "flops_per_second": statistics.median(speeds) * flops,
         "peak_bytes": peak,

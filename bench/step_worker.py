@@ -75,6 +75,7 @@ class Gate:
         self.steps: list[Step] = []
         self.open_seconds: float | None = None  # from here to the end of the first step
         self.begin = time.perf_counter()
+        self.processor_begin = time.process_time()
 
     def __call__(self, step: Step) -> bool:
         self.steps.append(step)
@@ -88,6 +89,7 @@ class Gate:
         seconds = time.perf_counter() - self.begin
         told = {
             "seconds": seconds,
+            "processor_seconds": time.process_time() - self.processor_begin,
             "steps": len(self.steps),
             "tokens": sum(int(step.tokens) for step in self.steps),
             "trained": sum(int(step.trained) for step in self.steps),
@@ -104,7 +106,7 @@ class Gate:
         if command["do"] == "stop":
             return False
         self.wanted = command["steps"]
-        self.begin = time.perf_counter()
+        self.begin, self.processor_begin = time.perf_counter(), time.process_time()
         return True
 
 
