@@ -17,7 +17,7 @@ import torch
 
 from model_builder import ConfigurableGPT, load_pretrained
 from model_config import PRESETS, ModelArchitectureConfig, architecture_problems, forward_flops, parameter_count
-from sft import elsewhere, startup
+from sft import elsewhere, memory, startup
 from sft.announcement import Plan, announce
 from sft.arrays import PreparedData
 from sft.attention_choice import AttentionChoice, Heads, choose_attention
@@ -30,7 +30,7 @@ from sft.loss import Loss, LossKernel, choose_loss
 from sft.optim import Schedule, learning_rate_at, make_optimizer
 from sft.packing import RowStream
 from sft.progress import Totals
-from sft.recompute import Recomputing
+from sft.recompute import ActivationCheckpointing
 from sft.run import Run
 from sft.run_log import RunLog
 from sft.tracing import StepTrace
@@ -92,7 +92,7 @@ class TrainSettings:
     compile: bool | None = None  # torch.compile the blocks; None = on CUDA
     attention: AttentionChoice = "auto"  # within documents; auto = the fastest that works here; all are exact
     loss_kernel: LossKernel = "auto"  # of the head and its loss; auto = triton on CUDA, else torch; all are exact
-    activation_checkpointing: Recomputing = "none"  # recomputed in the backward: selective = cheap parts, full = blocks
+    activation_checkpointing: ActivationCheckpointing = "none"  # selective = recompute cheap parts, full = whole blocks
     ddp_bucket_mb: int = 25  # MiB of gradients that ranks add up at a time, while the backward goes on
     gradient_compression: GradientCompression = "none"  # between ranks; bf16 = half of the bytes, and bf16's rounding
     profile: bool = False  # write a Chrome trace of three early steps, and their dearest operators, into out_dir
@@ -181,13 +181,22 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
         settings.attention, heads=heads, dtype=dtype, dropout=settings.dropout, loader=loader, world=world
     )
     model.set_attention(attention.back_end)
+    work = memory.Workload(
+        model=model,
+        batch=next(loader.step(0, rows_seen=0).batches),
+        loss=loss,
+        autocast_dtype=settings.autocast_dtype(world.device),
+        micro_steps=loader.micro_steps,
+        world=world,
+    )
+    model.activation_checkpointing, kept = memory.settle(settings.activation_checkpointing, work)
     log = world.together(lambda: open_log(resolved) if world.is_main else None)
     steps = settings.steps(loader.stream, rows_per_step=loader.rows_per_step)
     run = build_run(resolved, data, model, loader, Journal(world, log, steps=steps), loss=loss)
     try:
         if saved is not None:
             run.restore(saved)
-        announce(run, plan_of(settings, run, model.config, resume_path, steps=steps), attention)
+        announce(run, plan_of(settings, run, model.config, resume_path, steps=steps), attention, kept)
         loop(settings, run, steps=steps)
     except torch.cuda.OutOfMemoryError as error:
         run.close("failed: out of memory")
@@ -263,7 +272,6 @@ def build_model(settings: TrainSettings, data: PreparedData, resume_path: Path |
     if model.vocab_size < data.meta["vocab_size"]:
         model.grow_vocabulary(data.meta["vocab_size"], say=world.print)
     model.set_dropout(settings.dropout)
-    model.activation_checkpointing = settings.activation_checkpointing
     if settings.compiles(world.device):
         model.compile_blocks()
     return model

@@ -26,8 +26,8 @@ class Plan:
     resumed: Path | None
 
 
-def announce(run: Run, plan: Plan, attention: Attention) -> None:
-    """Say what is about to happen, on the console and in the run log."""
+def announce(run: Run, plan: Plan, attention: Attention, kept: str) -> None:
+    """Say what is about to happen, on the console and in the run log; `kept`: what of the activations, in words."""
     world, stream, rows = run.world, run.loader.stream, run.loader.rows_per_step
     on_gpu = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if on_gpu else "CPU"
@@ -45,6 +45,7 @@ def announce(run: Run, plan: Plan, attention: Attention) -> None:
         "compute": f"{compute} on {device}{', compiled blocks' if plan.compiled else ''}",
         "attention": str(attention),
         "loss": str(run.local_loss.loss),
+        "memory": kept,
     }
     run.journal.startup(
         sentences,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Recomputing = Literal["none", "selective", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full", "auto"]  # auto = the least that fits, see sft/memory.py
 LEAST_FIRST: tuple[Recomputing, ...] = ("none", "selective", "full")  # by the work that is done twice
 EXPENSIVE = re.compile(r"(^|_)(add|b|badd|scaled_|grouped_)?b?mm$|linear|attention|attn")  # operators worth keeping
 
