@@ -17,13 +17,14 @@ import torch
 
 from model_builder import ConfigurableGPT, load_pretrained
 from model_config import PRESETS, ModelArchitectureConfig, architecture_problems, forward_flops, parameter_count
-from sft import elsewhere, memory, startup
+from sft import elsewhere, memory, out_of_memory, startup
+from sft.allocator import keep_freed_memory
 from sft.announcement import Plan, announce
 from sft.arrays import PreparedData
 from sft.attention_choice import AttentionChoice, Heads, choose_attention
 from sft.batches import TrainLoader
 from sft.config import Resolved, fingerprint, load_settings, to_dict
-from sft.errors import EXIT_FAILED, UserError, run_program
+from sft.errors import UserError, run_program
 from sft.evaluation import Validation
 from sft.journal import Journal
 from sft.loss import Loss, LossKernel, choose_loss
@@ -159,7 +160,12 @@ def main(argv: list[str]) -> None:
     with join_world(resolved.settings.device) as world:
         world.agree("settings", fingerprint(resolved.settings))
         world.together(lambda: resolved.settings.micro_steps(world.size))
-        train(resolved, world)
+        try:
+            train(resolved, world)
+        except Exception as error:
+            if out_of_memory.lacked(error):
+                raise out_of_memory.explained(error, world.device, None, None) from error
+            raise
 
 
 def train(resolved: Resolved[TrainSettings], world: World) -> None:
@@ -198,11 +204,10 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
             run.restore(saved)
         announce(run, plan_of(settings, run, model.config, resume_path, steps=steps), attention, kept)
         loop(settings, run, steps=steps)
-    except torch.cuda.OutOfMemoryError as error:
-        run.close("failed: out of memory")
-        remedy = "lower batch_size or block_size, or set activation_checkpointing=full"
-        raise UserError(f"the GPU is out of memory; {remedy}", exit_status=EXIT_FAILED) from error
     except BaseException as error:
+        if out_of_memory.lacked(error):
+            run.close("failed: out of memory")
+            raise out_of_memory.explained(error, world.device, work, loader) from error
         run.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}: {error}")
         raise
     run.close("finished")

@@ -1,0 +1,32 @@
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+# prints the page faults of a tensor that is made and thrown away ten times
+SCRIPT = """
+import resource, sys, torch
+from sft.allocator import keep_freed_memory
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    print("no glibc")
+    raise SystemExit
+torch.empty(2**22).fill_(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.empty(2**22).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_memory_that_was_freed_is_used_again_without_a_page_fault():
+    faults = {}
+    for choice in ("keep", "default"):
+        command = [sys.executable, "-c", SCRIPT, choice]
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True).stdout.strip()
+        if told == "no glibc":
+            pytest.skip("the C library is not glibc")
+        faults[choice] = int(told)
+    assert faults["keep"] < 100
+    assert faults["default"] > 10 * 2  # even where pages are huge
