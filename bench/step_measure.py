@@ -23,7 +23,7 @@ from sft.arrays import Samples
 Option = Mapping[str, Any]
 GRID_SHARE = 0.6  # of a task's time: options that are not begun by then are not tried, save everyone's first
 ROUNDS_AT_LEAST = 2
-PLANNED_STEPS, PLANNED_DOCUMENTS = 12, 8  # of the comparison of loss curves
+PLANNED_STEPS, PLANNED_DOCUMENTS = 12, 2  # of the comparison of loss curves
 TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}  # of a loss, relative
 
 
