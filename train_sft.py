@@ -18,7 +18,6 @@ import torch
 from model_builder import ConfigurableGPT, load_pretrained
 from model_config import PRESETS, ModelArchitectureConfig, architecture_problems, forward_flops, parameter_count
 from sft import elsewhere, memory, out_of_memory, startup
-from sft.allocator import keep_freed_memory
 from sft.announcement import Plan, announce
 from sft.arrays import PreparedData
 from sft.attention_choice import AttentionChoice, Heads, choose_attention
@@ -164,7 +163,7 @@ def main(argv: list[str]) -> None:
             train(resolved, world)
         except Exception as error:
             if out_of_memory.lacked(error):
-                raise out_of_memory.explained(error, world.device, None, None) from error
+                raise out_of_memory.explained(error, world.device) from error
             raise
 
 
@@ -187,14 +186,7 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
         settings.attention, heads=heads, dtype=dtype, dropout=settings.dropout, loader=loader, world=world
     )
     model.set_attention(attention.back_end)
-    work = memory.Workload(
-        model=model,
-        batch=next(loader.step(0, rows_seen=0).batches),
-        loss=loss,
-        autocast_dtype=settings.autocast_dtype(world.device),
-        micro_steps=loader.micro_steps,
-        world=world,
-    )
+    work = memory.workload(model, loader, loss=loss, autocast_dtype=settings.autocast_dtype(world.device), world=world)
     model.activation_checkpointing, kept = memory.settle(settings.activation_checkpointing, work)
     log = world.together(lambda: open_log(resolved) if world.is_main else None)
     steps = settings.steps(loader.stream, rows_per_step=loader.rows_per_step)

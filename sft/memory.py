@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sft.batches import Batch
+from sft.batches import Batch, TrainLoader
 from sft.kernels import linear_cross_entropy
 from sft.kernels.products import accumulation_dtype
 from sft.loss import Loss
@@ -50,6 +50,20 @@ class Workload:
     autocast_dtype: torch.dtype | None
     micro_steps: int
     world: World
+
+
+def workload(
+    model: Any, loader: TrainLoader, *, loss: Loss, autocast_dtype: torch.dtype | None, world: World
+) -> Workload:
+    """The work of a run's first step, of whose micro-batches the first stands for all."""
+    return Workload(
+        model=model,
+        batch=next(loader.step(0, rows_seen=0).batches),
+        loss=loss,
+        autocast_dtype=autocast_dtype,
+        micro_steps=loader.micro_steps,
+        world=world,
+    )
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def test_a_new_model_has_a_drawn_embedding_for_every_id_of_the_data(arguments, t
 
 def test_a_gpu_out_of_memory_is_one_message(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "update", mock.Mock(side_effect=torch.cuda.OutOfMemoryError))
-    with pytest.raises(UserError, match="lower batch_size") as caught:
+    with pytest.raises(UserError, match="is out of memory in the run: a micro-batch has batch_size 1 x") as caught:
         train_sft.main(arguments())
     assert caught.value.exit_status == 1
     assert run_log(tmp_path / "out")["status"] == "failed: out of memory"
