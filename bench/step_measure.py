@@ -88,7 +88,7 @@ def measured_task(run: TaskRun, grids: Mapping[str, Sequence[Option]]) -> dict[s
         "mean_length": float(run.samples.lengths.mean()),
         "trained_share": float(run.samples.targets.sum() / run.samples.lengths.sum()),
         "flops_per_token": flops,
-        "providers": {entry.name: row_of(entry, flops) for entry in entries},
+        "providers": {entry.name: row_of(entry, flops, shares=run.workers.shares) for entry in entries},
         "agreement": agreement(run.task, curves),
     }
 
@@ -182,7 +182,7 @@ def flops_per_token(task: Task, samples: Samples) -> float:
     return 3 * forward_flops(task.config, tokens=tokens, attended_pairs=pairs, trained_tokens=trained) / tokens
 
 
-def row_of(entry: Entry, flops: float) -> dict[str, Any]:
+def row_of(entry: Entry, flops: float, *, shares: bool) -> dict[str, Any]:
     """What is told of a provider."""
     told: dict[str, Any] = {"options": entry.told}
     if entry.session is None or entry.failed is not None or not entry.turns:
@@ -201,7 +201,7 @@ def row_of(entry: Entry, flops: float) -> dict[str, Any]:
         "steps_per_round": entry.turns[0]["steps"],
         "flops_per_second": statistics.median(speeds) * flops,
         "peak_bytes": peak,
-        "resident_bytes_after_imports": entry.first["resident_bytes"],
+        "peak_bytes_beyond_imports": None if shares else peak - entry.first["resident_bytes"],
         "import_seconds": entry.first["import_seconds"],
         "start_to_first_step_seconds": entry.first["import_seconds"] + entry.first["open_seconds"],
         **told,
@@ -217,6 +217,8 @@ def ratio(providers: Mapping[str, Any], one: str, other: str, *, of: str) -> flo
             raise KeyError(f"{name} is {row['status']}: {row.get('reason')}")
         rows.append(row)
     if of != "tokens_per_second":
+        if None in (rows[0][of], rows[1][of]):
+            raise KeyError("it is not known apart where a process is shared")
         return rows[0][of] / rows[1][of]
     return statistics.median(a / b for a, b in zip(rows[0]["rounds"], rows[1]["rounds"], strict=False))
 

@@ -65,7 +65,7 @@ def test_a_run_tells_everything_that_was_promised(report):
         assert row["status"] == "measured", row
         assert len(row["rounds"]) == 2
         assert row["tokens_per_second"] > row["trained_tokens_per_second"] > 0
-        assert row["peak_bytes"] > row["resident_bytes_after_imports"] > 0
+        assert row["peak_bytes"] > 0
         assert row["start_to_first_step_seconds"] > 0
     assert len(report["goals"]) >= len(GOALS["cpu"])
 
@@ -287,7 +287,8 @@ def test_a_shared_process_that_is_gone_is_started_anew(monkeypatch, tmp_path):
 def made_up(task: str, **speeds: float) -> dict:
     names = {"ours": OURS, "bf16": OURS_BF16, "trl": TRL, "padded": PADDED}
     rows = {
-        names[key]: {"status": "measured", "tokens_per_second": speed, "rounds": [speed] * 3, "peak_bytes": 100 / speed}
+        names[key]: {"status": "measured", "tokens_per_second": speed, "rounds": [speed] * 3}
+        | dict.fromkeys(("peak_bytes", "peak_bytes_beyond_imports"), 100 / speed)
         for key, speed in speeds.items()
     }
     rows[PLAIN] = {"status": "failed", "reason": "it broke"}
