@@ -1,5 +1,6 @@
 """The benchmark of whole steps: that it runs as on a GPU, that all do the same work, and that its goals are judged."""
 
+import io
 import json
 import math
 
@@ -16,6 +17,8 @@ from bench.step_measure import agreement, flops_per_token, ratio
 from bench.step_plain_model import PlainModel
 from bench.step_processes import ProviderFailed, Session, Worker, Workers
 from bench.step_providers_loops import laid_out, padded_steps, row_steps
+from bench.step_providers_loops import train as train_loop
+from bench.step_providers_ours import train as train_ours
 from bench.step_table import table_lines
 from bench.step_tasks import OURS, OURS_BF16, PADDED, PLAIN, PROVIDERS, SETS, TINY_TASKS, TRL, Task
 from bench.step_worker import Gate, Step, Work
@@ -55,6 +58,7 @@ def report(tmp_path_factory):
     return json.loads((out_dir / "step_cpu.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_tells_everything_that_was_promised(report):
     assert report["status"] == "finished"
     assert {"command", "processor", "versions", "peers_versions", "settings", "grids", "goals"} <= report.keys()
@@ -70,12 +74,14 @@ def test_a_run_tells_everything_that_was_promised(report):
     assert len(report["goals"]) >= len(GOALS["cpu"])
 
 
+@pytest.mark.slow
 def test_an_option_that_fails_is_told_and_the_next_one_is_taken(report):
     ours = report["tasks"][0]["providers"][OURS]
     assert ours["option"] == "rows=2"
     assert "needs a CUDA GPU" in ours["options"]["rows=1, attention=varlen"]
 
 
+@pytest.mark.slow
 def test_who_is_not_installed_is_told_with_the_reason(report):
     row = report["tasks"][0]["providers"][TRL]
     if row["status"] == "measured":
@@ -83,6 +89,7 @@ def test_who_is_not_installed_is_told_with_the_reason(report):
     assert (row["status"], "ModuleNotFoundError" in row["reason"]) == ("failed", True)
 
 
+@pytest.mark.slow
 def test_the_same_conversations_give_everyone_our_losses(report):
     told = report["tasks"][0]["agreement"]
     assert len(told["losses"][OURS]) == step_measure.PLANNED_STEPS >= 10
@@ -91,6 +98,7 @@ def test_the_same_conversations_give_everyone_our_losses(report):
     assert all(difference <= 1e-4 for difference in told["largest_relative_difference"].values())
 
 
+@pytest.mark.slow
 def test_the_table_and_the_plot_show_who_was_measured(report):
     lines = table_lines(report["tasks"][0])
     widths = {line.count("|") for line in lines if line.startswith("|")}
@@ -116,6 +124,22 @@ def test_options_are_compiled_and_the_best_is_opened_again(tmp_path, monkeypatch
             assert len(row["rounds"]) == 2, row
             assert all(isinstance(told, dict) for told in row["options"].values()), row["options"]
         assert result["agreement"]["agree"][PLAIN]
+
+
+def test_the_same_conversations_give_the_same_losses_in_this_process():
+    """Fresh processes are compared by the slow tests, and by the benchmark itself."""
+    pytest.importorskip("transformers")
+    plan = [[0, 1, 2], [3, 4, 5], [6, 7, 8]] * 4
+    curves = {}
+    for name, train in ((OURS, train_ours), (PADDED, train_loop), (PLAIN, train_loop)):
+        told: list[dict] = []
+        work = Work(TINY, name, tiny_work(name).samples, CPU, {"rows": 1}, plan)
+        train(work, Gate(CPU, len(plan), told.append, io.StringIO()))
+        curves[name] = told[0]["losses"]
+    assert curves[OURS][-1] < curves[OURS][0] - 0.01
+    assert all(
+        abs(a / b - 1) < 1e-4 for name in (PADDED, PLAIN) for a, b in zip(curves[OURS], curves[name], strict=True)
+    )
 
 
 def test_losses_that_differ_or_are_not_finite_do_not_agree():
