@@ -5,18 +5,20 @@ import pytest
 
 from tests.conftest import ROOT
 
-# prints the page faults of a tensor that is made and thrown away ten times
+# prints the page faults of ten tensors of 64 MB that are made and thrown away, after five
 SCRIPT = """
 import resource, sys, torch
 from sft.allocator import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     print("no glibc")
     raise SystemExit
-torch.empty(2**22).fill_(1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    torch.empty(2**22).fill_(1)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.empty(2**24).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(5)
+print(faults(10))
 """
 
 
@@ -28,5 +30,4 @@ def test_memory_that_was_freed_is_used_again_without_a_page_fault():
         if told == "no glibc":
             pytest.skip("the C library is not glibc")
         faults[choice] = int(told)
-    assert faults["keep"] < 100
-    assert faults["default"] > 10 * 2  # even where pages are huge
+    assert faults["keep"] < faults["default"] / 5
