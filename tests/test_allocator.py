@@ -5,7 +5,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# prints the page faults of ten tensors of 64 MB that are made and thrown away, after five
+# prints the page faults of ten tensors of 64 MB that are made and thrown away, after twenty
 SCRIPT = """
 import resource, sys, torch
 from sft.allocator import keep_freed_memory
@@ -17,7 +17,7 @@ def faults(times):
     for _ in range(times):
         torch.empty(2**24).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(5)
+faults(20)
 print(faults(10))
 """
 
