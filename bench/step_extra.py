@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ from bench.step_inputs import drawn, save_samples
 from bench.step_processes import ROOT
 from bench.step_tasks import SETS
 
+STEP_LINE = re.compile(r"step +\d+/")  # the trainer's line about a step
 STARTS = 3  # after one that fills the caches
 LIMIT = 180  # seconds for each part
 RANKS_TASK = ("cpu", "V 8,192")
@@ -47,6 +49,7 @@ def first_step(threads: int | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            (folder / "raw").mkdir()
             made = write_materials(folder / "raw", seed=0, paper_count=300, per_kind=40, held_out_per_kind=4)
             argv = [f"--input={made.training}", f"--tokenizer={made.tokenizer}", f"--out_dir={folder / 'data'}"]
             prepare_sft.main([*argv, "--block_size=256"])
@@ -63,7 +66,7 @@ def start_seconds(folder: Path, threads: int | None, number: int) -> float:
         [sys.executable, "train_sft.py", *argv], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        taken = next((time.perf_counter() - begin for line in process.stdout if line.startswith("step ")), None)
+        taken = next((time.perf_counter() - begin for line in process.stdout if STEP_LINE.match(line)), None)
         process.stdout.read()
     if taken is None:
         raise RuntimeError("train_sft.py told of no step")

@@ -244,8 +244,8 @@ CPU_GRIDS: dict[str, Sequence[Option]] = {
 GPU_GRIDS: dict[str, Sequence[Option]] = {
     OURS: (
         {"rows": 4, "compile": True, "attention": "varlen"},
-        {"rows": 8, "compile": True, "attention": "varlen"},
         {"rows": 2, "compile": True, "attention": "varlen"},
+        {"rows": 4, "compile": True},
     ),
     TRL: (
         {"packing": True, "batch": 1, "liger": True},

@@ -76,6 +76,7 @@ GPU_TASKS = (
         dtype="bfloat16",
         providers=(OURS, TRL, PLAIN),
         learning_rate=2e-5,
+        samples=1024,
         time_share=2.0,  # all start, and what is compiled is compiled here
     ),
     Task(
@@ -98,6 +99,7 @@ GPU_TASKS = (
         dtype="bfloat16",
         providers=(OURS, PADDED),
         learning_rate=2e-5,
+        samples=2048,
     ),
 )
 TINY_TASKS = (
