@@ -1,4 +1,6 @@
 import itertools
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -94,6 +96,18 @@ def test_closing_ends_a_thread_that_waits_for_room_and_one_that_is_at_work():
         ahead.close()
         ahead.close()
     assert threads() == 0
+
+
+def test_waiting_for_an_item_can_be_interrupted():
+    release = threading.Event()
+    ahead = Ahead((release.wait(30) for _ in range(1)), device=CPU)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        next(ahead)
+    assert time.monotonic() - begin < 10
+    release.set()
+    ahead.close()
 
 
 def test_a_process_that_ends_without_closing_is_not_kept_alive():

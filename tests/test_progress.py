@@ -1,6 +1,8 @@
 """What counts as the time of a step, and what of that as stall."""
 
+import contextlib
 import json
+import threading
 from time import sleep
 
 import pytest
@@ -131,6 +133,22 @@ def test_a_run_needs_the_same_batches_from_its_thread_as_from_the_loader(argumen
     assert [record["loss"] for record in ahead] == [record["loss"] for record in asked]
 
 
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_the_thread_ends_with_the_run_however_it_ends(arguments, monkeypatch, error):
+    update = Run.update
+
+    def failing(run: Run, **options) -> None:
+        update(run, **options)
+        assert run.iter_num > 1 or [thread for thread in threading.enumerate() if thread.name == "batches ahead"]
+        if error is not None and run.iter_num == 2:
+            raise error
+
+    monkeypatch.setattr(Run, "update", failing)
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        train_sft.main(arguments(eval_interval="none", max_iters=50 if error else 4))
+    assert not [thread for thread in threading.enumerate() if thread.name == "batches ahead"]
+
+
 def test_an_error_of_the_loader_ends_the_run_with_its_own_message(arguments, tmp_path, monkeypatch):
     step = TrainLoader.step
 
@@ -144,4 +162,5 @@ def test_an_error_of_the_loader_ends_the_run_with_its_own_message(arguments, tmp
         train_sft.main(arguments(eval_interval="none"))
     log = run_log(tmp_path / "out")
     assert log["status"] == "failed: OSError: the disk is gone"
+    assert not [thread for thread in threading.enumerate() if thread.name == "batches ahead"]
     assert [record["iter"] for record in log["training_iterations"]] == [1, 2]
