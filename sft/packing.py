@@ -1,4 +1,4 @@
-"""Which samples share a row: best-fit packing, and the endless stream of training rows. Pure functions of lengths."""
+"""Which samples share a row, and the endless stream of training rows. Pure functions of lengths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from numpy.typing import NDArray
 
 Row = NDArray[np.int64]  # the samples of one row, by index
 DIGIT = 16  # bits: numpy sorts 16-bit numbers by radix, stably and many times faster than longer ones
+FULL_ENOUGH = 0.9995  # of a row: what best fit leaves where it fills so much is not worth another plan
 FIRST_CIRCLE = 2**63  # random keys from here on draw the circles of the sources; those below draw epochs
+
+
+Placement = tuple[int, int, int, int]  # of samples of one length: the fields of a RowRange, and how many a row takes
+Plan = tuple[int, list[Placement]]  # how many rows, and where the samples go, longest first
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,11 @@ def pack(lengths: NDArray[np.integer], block_size: int) -> Rows:
     """Rows of samples whose lengths sum to at most block_size tokens: best fit, longest sample first.
 
     Each sample goes into the row with the least space that still holds it, of equal ones the one that came to that
-    space last. How many rows come out depends on the multiset of lengths alone; among samples of equal length the
-    earlier one is placed first.
+    space last. Where that leaves rows too empty and rows filled one after the other are fewer, it is these: best fit
+    alone wastes a hundredth of GSM8K's rows of 2,048. How many rows come out depends on the multiset of lengths alone;
+    among samples of equal length the earlier one is placed first.
     """
-    count, placements = _best_fit(lengths, block_size)
+    count, placements = _plan(lengths, block_size)
     placed = stable_order(block_size - lengths.astype(np.int64))
     first, rows, step, each = np.array(placements, dtype=np.int64).reshape(-1, 4).T
     within = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
@@ -70,11 +76,85 @@ def pack(lengths: NDArray[np.integer], block_size: int) -> Rows:
 
 def count_rows(lengths: NDArray[np.integer], block_size: int) -> int:
     """How many rows `pack` makes."""
-    return _best_fit(lengths, block_size)[0]
+    return _plan(lengths, block_size)[0]
 
 
-def _best_fit(lengths: NDArray[np.integer], block_size: int) -> tuple[int, list[tuple[int, int, int, int]]]:
-    """The number of rows, and in order of placement: a range of rows and how many samples each of them takes.
+def _plan(lengths: NDArray[np.integer], block_size: int) -> Plan:
+    """The number of rows, and in order of placement, longest samples first: a range of rows and how many samples each
+    of them takes."""
+    plan = _best_fit(lengths, block_size)
+    tokens = int(lengths.sum(dtype=np.int64))
+    if plan[0] == -(-tokens // block_size) or tokens >= FULL_ENOUGH * plan[0] * block_size:
+        return plan
+    return min(plan, _row_after_row(lengths, block_size), key=lambda each: each[0])
+
+
+def _row_after_row(lengths: NDArray[np.integer], block_size: int) -> Plan:
+    """Rows filled one after the other, each as often as there are samples for it.
+
+    A row takes the longest sample left, then the most frequent lengths, so that those left stay varied, and at its end
+    two or three that fill it to the last token, where there are such.
+    """
+    distinct, counts = np.unique(lengths, return_counts=True)
+    placements: list[list[Placement]] = [[] for _ in distinct]
+    rows = 0
+    while counts.any():
+        row = _filled_row(distinct, counts.copy(), block_size)
+        taken, each = np.unique(row, return_counts=True)
+        times = int((counts[taken] // each).min())
+        assert times > 0, "a row takes samples that are not left"
+        counts[taken] -= times * each
+        for place, samples in zip(taken.tolist(), each.tolist(), strict=True):
+            placements[place].append((rows, times, 1, samples))
+        rows += times
+    return rows, [placement for of_length in reversed(placements) for placement in of_length]
+
+
+def _filled_row(distinct: NDArray[np.integer], counts: NDArray[np.int64], space: int) -> list[int]:
+    """The lengths of one row, as places in `distinct`; `counts` of them are left, and are taken from."""
+    row: list[int] = []
+    while len(fits := counts[: np.searchsorted(distinct, space, side="right")].nonzero()[0]):
+        nearly_full = space <= 3 * np.average(distinct[fits], weights=counts[fits])
+        if row and nearly_full and (last := _that_fill(distinct, counts, fits, space)):
+            return row + last
+        place = int(fits[-1] if nearly_full or not row else fits[counts[fits].argmax()])
+        row.append(place)
+        counts[place] -= 1
+        space -= int(distinct[place])
+    return row
+
+
+def _that_fill(
+    distinct: NDArray[np.integer], counts: NDArray[np.int64], fits: NDArray[np.int64], space: int
+) -> list[int]:
+    """Places of one, two or three lengths that sum to `space`, those of which most is left; none where none do."""
+    if distinct[fits[-1]] == space:
+        return [int(fits[-1])]
+
+    def two(space: int) -> list[int]:
+        shorter = fits[: np.searchsorted(distinct[fits], space // 2, side="right")]
+        longer = np.searchsorted(distinct, space - distinct[shorter])
+        longer = np.minimum(longer, len(distinct) - 1)
+        left = np.minimum(counts[shorter], counts[longer] - (shorter == longer))
+        left[distinct[shorter] + distinct[longer] != space] = 0
+        best = left.argmax() if len(left) else 0
+        return [int(shorter[best]), int(longer[best])] if (left > 0).any() else []
+
+    if found := two(space):
+        return found
+    for place in fits[::-1].tolist():
+        if 3 * distinct[place] < space:
+            break
+        counts[place] -= 1
+        found = two(space - int(distinct[place]))
+        counts[place] += 1
+        if found:
+            return [place, *found]
+    return []
+
+
+def _best_fit(lengths: NDArray[np.integer], block_size: int) -> Plan:
+    """Each sample into the row with the least space that holds it, longest first.
 
     Rows of equal space move together. The tightest row, of space s, takes s // length samples of a length one after
     the other, since after each of them it is the tightest still; then its neighbour of equal space does the same.
@@ -82,7 +162,7 @@ def _best_fit(lengths: NDArray[np.integer], block_size: int) -> tuple[int, list[
     distinct, counts = np.unique(lengths, return_counts=True)
     assert len(distinct) == 0 or distinct[-1] <= block_size, "a sample longer than block_size reached the packer"
     assert len(distinct) == 0 or distinct[0] > 0, "an empty sample reached the packer"
-    placements: list[tuple[int, int, int, int]] = []
+    placements: list[Placement] = []
     stacks: dict[int, list[RowRange]] = {}  # free tokens -> rows with exactly that many, the last one next
     spaces = SortedSet(block_size)  # the keys of stacks
     rows = 0

@@ -47,11 +47,19 @@ def as_lists(rows):
 
 
 @given(st.one_of(lengths_and_block, few_lengths))
-def test_the_rows_are_those_of_best_fit_one_sample_at_a_time(case):
+def test_the_rows_are_those_of_best_fit_one_sample_at_a_time_or_fewer(case):
     lengths, block_size = np.array(case[0], dtype=np.int64), case[1]
-    expected = best_fit(lengths, block_size)
-    assert as_lists(pack(lengths, block_size)) == expected
-    assert count_rows(lengths, block_size) == len(expected)
+    expected, rows = best_fit(lengths, block_size), as_lists(pack(lengths, block_size))
+    assert rows == expected or len(rows) < len(expected)
+    assert count_rows(lengths, block_size) == len(rows)
+
+
+@given(lengths_and_block)
+def test_best_fit_is_what_one_sample_at_a_time_gives(case):
+    lengths, block_size = np.array(case[0], dtype=np.int64), case[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sft.packing.FULL_ENOUGH", 0.0)  # nothing else is tried
+        assert as_lists(pack(lengths, block_size)) == best_fit(lengths, block_size)
 
 
 @given(st.one_of(lengths_and_block, few_lengths))
@@ -102,7 +110,8 @@ def test_plain_cases_are_packed_as_expected(lengths, block_size, expected):
 @pytest.mark.parametrize("block_size", [1_000, 10_000_000])
 def test_lengths_that_are_all_different_are_packed_like_the_definition(block_size):
     lengths = np.random.default_rng(0).permutation(np.linspace(1, block_size, 1_000).astype(np.int64))
-    assert as_lists(pack(lengths, block_size)) == best_fit(lengths, block_size)
+    expected = best_fit(lengths, block_size)
+    assert as_lists(pack(lengths, block_size)) == expected or count_rows(lengths, block_size) < len(expected)
 
 
 def test_more_rows_than_sixteen_bits_can_number_are_kept_apart():
@@ -117,6 +126,18 @@ def test_rows_end_where_they_end():
     assert len(rows) == len(list(rows)) == 2
     with pytest.raises(IndexError):
         rows[2]
+
+
+@pytest.mark.parametrize("samples", [7_473, 50_000])
+def test_narrow_lengths_like_gsm8ks_fill_rows_almost_completely(samples):
+    """Best fit alone leaves 0.5 % of these empty."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.19, 0.34, samples).astype(int), 74, 546)
+    rows = pack(lengths, 2048)
+    assert sorted(chain.from_iterable(as_lists(rows))) == list(range(samples))
+    assert max(lengths[row].sum() for row in rows) <= 2048
+    assert len(rows) == -(-lengths.sum() // 2048)  # not one more than the tokens need
+    assert samples < 10_000 or lengths.sum() >= 0.999 * len(rows) * 2048
+    assert len(best_fit(lengths, 2048)) > 1.004 * len(rows)
 
 
 def test_conversations_of_ordinary_lengths_fill_rows_almost_completely():
