@@ -17,7 +17,7 @@ import torch
 
 from model_builder import ConfigurableGPT, load_pretrained
 from model_config import PRESETS, ModelArchitectureConfig, architecture_problems, forward_flops, parameter_count
-from sft import elsewhere, memory, out_of_memory, startup
+from sft import dry_run, elsewhere, memory, out_of_memory, startup
 from sft.announcement import Plan, announce
 from sft.arrays import PreparedData
 from sft.attention_choice import AttentionChoice, Heads, choose_attention
@@ -92,6 +92,7 @@ class TrainSettings:
     compile: bool | None = None  # torch.compile the blocks; None = on CUDA
     attention: AttentionChoice = "auto"  # within documents; auto = the fastest that works here; all are exact
     loss_kernel: LossKernel = "auto"  # of the head and its loss; auto = triton on CUDA, else torch; all are exact
+    dry_run: bool = False  # tell what the run would come to, and end: nothing is written
     activation_checkpointing: ActivationCheckpointing = "none"  # selective = recompute cheap parts, full = whole blocks
     ddp_bucket_mb: int = 25  # MiB of gradients that ranks add up at a time, while the backward goes on
     gradient_compression: GradientCompression = "none"  # between ranks; bf16 = half of the bytes, and bf16's rounding
@@ -159,27 +160,24 @@ def main(argv: list[str]) -> None:
     with join_world(resolved.settings.device) as world:
         world.agree("settings", fingerprint(resolved.settings))
         world.together(lambda: resolved.settings.micro_steps(world.size))
-        try:
+        with out_of_memory.told(world.device):
             train(resolved, world)
-        except Exception as error:
-            if out_of_memory.lacked(error):
-                raise out_of_memory.explained(error, world.device) from error
-            raise
 
 
 def train(resolved: Resolved[TrainSettings], world: World) -> None:
     """The whole run on one rank: data, model, optimizer, resume, loop, close."""
     settings, out_dir = resolved.settings, Path(resolved.settings.out_dir)
-    folder, block_size = settings.sft_data_dir, settings.block_size
+    folder, block_size, writes = settings.sft_data_dir, settings.block_size, not settings.dry_run
     data = world.together(lambda: startup.open_training_data(folder, block_size=block_size, proves=world.is_main))
-    resume_path = world.on_main(lambda: startup.prepare_out_dir(out_dir, resume=settings.resume))
+    resume_path = world.on_main(lambda: startup.prepare_out_dir(out_dir, resume=settings.resume, writes=writes))
     saved = world.together(
         lambda: startup.read_saved_state(resume_path, data, fixed=settings.fixed()) if resume_path else None
     )
-    model = world.together(lambda: build_model(settings, data, resume_path, world)).to(world.device)
+    model = world.together(lambda: build_model(settings, data, resume_path, world))
+    model = model.to(world.device) if writes else model
     dtype = settings.autocast_dtype(world.device) or model.head_weight.dtype
     loss = choose_loss(settings.loss_kernel, device=world.device, dtype=dtype, world=world)
-    world.on_main(lambda: startup.copy_tokenizer(data, out_dir, resumes=resume_path is not None))
+    world.on_main(lambda: startup.copy_tokenizer(data, out_dir, resumes=resume_path is not None, writes=writes))
     loader = build_loader(settings, data, world)
     heads = Heads(model.config.n_head, model.config.key_heads, model.config.head_size)
     attention = choose_attention(
@@ -188,8 +186,11 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
     model.set_attention(attention.back_end)
     work = memory.workload(model, loader, loss=loss, autocast_dtype=settings.autocast_dtype(world.device), world=world)
     model.activation_checkpointing, kept = memory.settle(settings.activation_checkpointing, work)
-    log = world.together(lambda: open_log(resolved) if world.is_main else None)
     steps = settings.steps(loader.stream, rows_per_step=loader.rows_per_step)
+    if settings.dry_run:
+        flops = partial(training_flops, model.config)
+        return dry_run.rehearse(settings, work, loader, steps=steps, saved=saved, flops=flops)
+    log = world.together(lambda: open_log(resolved) if world.is_main else None)
     run = build_run(resolved, data, model, loader, Journal(world, log, steps=steps), loss=loss)
     try:
         if saved is not None:
@@ -254,15 +255,20 @@ def loop(settings: TrainSettings, run: Run, *, steps: int) -> None:
 
 
 def build_model(settings: TrainSettings, data: PreparedData, resume_path: Path | None, world: World) -> ConfigurableGPT:
-    """The model on the CPU: from the run's own checkpoint, from checkpoint_path, or new; grown to the data's ids."""
+    """The model on the CPU: from the run's own checkpoint, from checkpoint_path, or new; grown to the data's ids.
+
+    In a dry run it is on the device meta: shapes without numbers.
+    """
+    place = "meta" if settings.dry_run else "cpu"
     source = resume_path or settings.checkpoint_path
     dtype = torch.float64 if settings.dtype == "float64" else torch.float32
     if source is not None:
         startup.refuse_other_tokenizer(Path(source), data)
-        model = load_pretrained(source, dtype=dtype)
+        model = load_pretrained(source, place, dtype)
     else:
         torch.manual_seed(settings.seed)
-        model = ConfigurableGPT(new_architecture(settings, data)).to(dtype)
+        with torch.device(place):
+            model = ConfigurableGPT(new_architecture(settings, data)).to(dtype)
     limit = model.config.block_size
     if model.config.position_encoding == "learned_absolute" and settings.block_size > limit:
         raise UserError(f"block_size {settings.block_size} is beyond the {limit} positions that the model has learned")
@@ -303,6 +309,12 @@ def build_loader(settings: TrainSettings, data: PreparedData, world: World) -> T
     )
 
 
+def training_flops(config: ModelArchitectureConfig, totals: Totals) -> int:
+    """The backward pass has two matrix products for each of the forward's."""
+    pairs, trained = totals.attended_pairs, totals.trained_tokens
+    return 3 * forward_flops(config, tokens=totals.tokens, attended_pairs=pairs, trained_tokens=trained)
+
+
 def open_log(resolved: Resolved[TrainSettings]) -> RunLog:
     settings = resolved.settings
     return RunLog(
@@ -326,11 +338,6 @@ def build_run(
     settings, world = resolved.settings, journal.world
     out_dir, profiles = Path(settings.out_dir), settings.profile and world.is_main
 
-    def training_flops(totals: Totals) -> int:
-        """The backward pass has two matrix products for each of the forward's."""
-        pairs, trained = totals.attended_pairs, totals.trained_tokens
-        return 3 * forward_flops(model.config, tokens=totals.tokens, attended_pairs=pairs, trained_tokens=trained)
-
     return Run(
         world=world,
         model=model,
@@ -353,7 +360,7 @@ def build_run(
             one_shape=settings.compiles(world.device),
         ),
         journal=journal,
-        training_flops=training_flops,
+        training_flops=partial(training_flops, model.config),
         out_dir=out_dir,
         keep_checkpoints=settings.keep_checkpoints,
         constants={

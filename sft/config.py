@@ -173,6 +173,9 @@ def read_sources(argv: Sequence[str], hints: Mapping[str, Any]) -> tuple[list[Gi
                 name = word.removeprefix("--")
                 is_switch = bool in options(hints.get(name))
                 follows = words.pop(0) if words and is_value(words[0], is_switch) else None
+                if hints.get(name) is bool and follows is None:
+                    typed.append(Given(name, "true", COMMAND_LINE))
+                    continue
                 typed.append(Given(name, None, COMMAND_LINE, without_equals(name, follows, is_switch)))
             elif word.endswith(".py"):
                 from_files += read_python(word)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -44,18 +45,29 @@ def lacked(error: BaseException) -> bool:
     return products.is_out_of_memory(error) or "DefaultCPUAllocator" in str(error)
 
 
+@contextmanager
+def told(device: torch.device) -> Iterator[None]:
+    """A lack of memory inside becomes one message; for where there is no workload yet."""
+    try:
+        yield
+    except Exception as error:
+        if lacked(error):
+            raise explained(error, device) from error
+        raise
+
+
 def explained(
     error: BaseException, device: torch.device, work: Workload | None = None, loader: TrainLoader | None = None
 ) -> UserError:
     """One message for a lack of memory; without a workload and a loader the model was still to be loaded."""
     phases: list[str] = [*phases_of(error)] or ["loading" if work is None else "the run"]
     place = " of ".join(PLACES.get(phase, phase) for phase in phases)
-    told = f"{device} is out of memory in {place}"
+    message = f"{device} is out of memory in {place}"
     if work is None or loader is None:
-        told += "; train a smaller model, or free the device of what else runs there"
-        return UserError(told, exit_status=EXIT_FAILED)
+        message += "; train a smaller model, or free the device of what else runs there"
+        return UserError(message, exit_status=EXIT_FAILED)
     now = Change(loader.batch_size, work.model.activation_checkpointing, loader.stream.block_size)
-    told += (
+    message += (
         f": a micro-batch has batch_size {now.batch_size} x block_size {now.block_size} = "
         f"{now.batch_size * now.block_size:,} tokens, with activation_checkpointing={now.recomputing}"
     )
@@ -63,7 +75,7 @@ def explained(
         advice = _advice(work, loader, now)
     except Exception:  # the estimate must not take the place of the message
         advice = "lower batch_size, set activation_checkpointing=full, or lower block_size"
-    return UserError(f"{told}; {advice}", exit_status=EXIT_FAILED)
+    return UserError(f"{message}; {advice}", exit_status=EXIT_FAILED)
 
 
 def _advice(work: Workload, loader: TrainLoader, now: Change) -> str:

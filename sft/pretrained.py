@@ -66,7 +66,7 @@ class Pretrained:
         for name, pieces in table.items():
             weights[name] = torch.empty(shapes[name], device=device, dtype=dtype)
             parts = weights[name].split([piece.shape[0] for piece in pieces])
-            for piece, part in zip(pieces, parts, strict=True):
+            for piece, part in zip(pieces, parts, strict=True) if not weights[name].is_meta else ():
                 part.copy_(self.tensors[piece.name].read())
         return weights
 

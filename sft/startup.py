@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,16 +51,22 @@ def open_training_data(folder: str, *, block_size: int, proves: bool = True) -> 
     return data
 
 
-def prepare_out_dir(out_dir: Path, *, resume: ResumeChoice) -> Path | None:
-    """Make out_dir, try writing to it, and find the checkpoint to go on from (None = a fresh start)."""
+def prepare_out_dir(out_dir: Path, *, resume: ResumeChoice, writes: bool = True) -> Path | None:
+    """Make out_dir, try writing to it, and find the checkpoint to go on from (None = a fresh start).
+
+    Without `writes` everything stays as it is, and what can be seen from outside is refused all the same.
+    """
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        probe = out_dir / ".write_probe"
-        probe.write_bytes(b"")
-        probe.unlink()
+        if writes:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            probe = out_dir / ".write_probe"
+            probe.write_bytes(b"")
+            probe.unlink()
+            remove_partial_files(out_dir)
+        else:
+            _refuse_unwritable(out_dir)
     except OSError as error:
         raise UserError(f"out_dir {out_dir}: cannot be written ({error.strerror}); choose another --out_dir") from error
-    remove_partial_files(out_dir)
     numbered = [path for _, path in numbered_checkpoints(out_dir)]
     if resume == "never" and numbered:
         raise UserError(
@@ -70,6 +78,15 @@ def prepare_out_dir(out_dir: Path, *, resume: ResumeChoice) -> Path | None:
     if not numbered and resume == "required":
         raise UserError(f"out_dir {out_dir} holds no checkpoint to resume from; --resume=auto starts afresh")
     return newest_checkpoint(out_dir, warn=lambda line: print(line, flush=True)) if numbered else None
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Raise OSError where a folder could not be made or written, as far as permissions tell."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def read_saved_state(path: Path, data: PreparedData, *, fixed: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +127,7 @@ def refuse_other_tokenizer(source: Path, data: PreparedData) -> None:
         )
 
 
-def copy_tokenizer(data: PreparedData, out_dir: Path, *, resumes: bool) -> None:
+def copy_tokenizer(data: PreparedData, out_dir: Path, *, resumes: bool, writes: bool = True) -> None:
     """Put the tokenizer's files beside the checkpoints, where chat and export look for them.
 
     Raises UserError where that would replace somebody else's.
@@ -119,7 +136,7 @@ def copy_tokenizer(data: PreparedData, out_dir: Path, *, resumes: bool) -> None:
     foreign = [path for path in found if not _is_copy(path, data.folder / path.name)]
     if foreign and not resumes:
         raise UserError(f"{foreign[0]}: another tokenizer than that of {data.folder}; choose another --out_dir")
-    for name in data.meta["tokenizer_files"]:
+    for name in data.meta["tokenizer_files"] if writes else ():
         try:
             if not _is_copy(out_dir / name, data.folder / name):
                 shutil.copyfile(data.folder / name, out_dir / name)

@@ -137,12 +137,25 @@ def test_names_from_elsewhere_are_answered_with_what_to_do_instead():
 
 
 def test_values_after_a_space_and_bare_switches_get_a_sentence():
-    assert complaint(["--sft_data_dir", "x", "--learning_rate", "-1", "--compile", "--batch_size"]) == [
+    assert complaint(["--sft_data_dir", "x", "--learning_rate", "-1", "--batch_size"]) == [
         "command line: write --sft_data_dir=x with an equals sign, not --sft_data_dir x",
         "command line: write --learning_rate=-1 with an equals sign, not --learning_rate -1",
-        "command line: --compile needs a value: --compile=true or --compile=false",
         "command line: --batch_size needs a value: --batch_size=...",
     ]
+
+
+def test_a_switch_alone_is_true_and_one_that_may_be_none_needs_its_value():
+    assert load_settings(Knobs, ["--sft_data_dir=x", "--compile"]).settings.compile is True
+    assert complaint(["--sft_data_dir=x", "--compile", "false"]) == [
+        "command line: write --compile=false with an equals sign, not --compile false"
+    ]
+
+    @dataclass(frozen=True, kw_only=True)
+    class ThreeWays:
+        compile: bool | None = None  # None = where it helps
+
+    with pytest.raises(UserError, match="--compile needs a value: --compile=true or --compile=false"):
+        load_settings(ThreeWays, ["--compile"])
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,18 @@ LOWEST = {
     *("duplicates", "workers", "preparation", "tally", "joining", "audit", "ledger", "packing", "arrays"),
     *("prepared_writer", "data_summary", "data_report", "sample_view", "sample_choice", "page"),
 }
-HIGHEST = {"step", "evaluation", "generate", "journal", "run", "announcement", "memory", "out_of_memory"}
+HIGHEST = {
+    "step",
+    "evaluation",
+    "generate",
+    "journal",
+    "run",
+    "announcement",
+    "memory",
+    "out_of_memory",
+    "dry_run",
+    "calibration",
+}
 LIBRARIES_OF_THE_LOWEST = {"numpy", "tokenizers", "tiktoken", "tqdm", "pyarrow", "datasketch"}
 
 

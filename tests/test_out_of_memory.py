@@ -69,7 +69,7 @@ def test_where_nothing_would_fit_it_is_said(arguments, monkeypatch):
     monkeypatch.setattr(SummedLoss, "forward", mock.Mock(side_effect=cuda_error()))
     sizes(monkeypatch, none=40.0, selective=40.0, full=40.0)
     told = message(arguments())
-    assert told.startswith("cpu is out of memory in the forward pass of the evaluation: ")
+    assert told.startswith("cpu is out of memory in the evaluation: ")
     assert told.endswith("would fit; train a smaller model")
 
 

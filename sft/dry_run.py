@@ -1,0 +1,182 @@
+"""What a run will come to, told before it starts: size, memory, data, disk, work and time; nothing is written."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft.batches import TrainLoader
+from sft.calibration import StepTime, measure_step
+from sft.memory import HEADROOM, Estimate, Workload, estimates, gib, memory_at_hand
+from sft.progress import Totals
+from sft.recompute import Recomputing
+from sft.samples import NOT_TRAINED
+
+# What a checkpoint takes for each tensor beside its numbers, and for all that is no tensor.
+CHECKPOINT_TENSOR_BYTES = 330
+CHECKPOINT_BYTES = 8_000
+
+
+class Counts(NamedTuple):
+    """What rows hold."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    attended_pairs: int
+
+
+def rehearse(
+    settings: Any,
+    work: Workload,
+    loader: TrainLoader,
+    *,
+    steps: int,
+    saved: Mapping[str, Any] | None,
+    flops: Callable[[Totals], int],
+) -> None:
+    """Print what a run with these settings would come to. Every rank must call it; `saved` is where it would go on."""
+    world = work.world
+    first_step, first_row = (saved["iter_num"], saved["rows_seen"]) if saved else (0, 0)
+    steps_left = max(0, steps - first_step)
+    run = count(loader, first_row, steps_left * loader.rows_per_step)
+    epoch = count(loader, 0, loader.stream.rows_per_epoch)
+    step_flops = flops(as_totals(run)) / max(1, steps_left)
+    found = world.on_main(lambda: (estimates(work), memory_at_hand(work.world.device)))
+    time = world.on_main(lambda: measure_step(work, loader, flops=flops))
+    lines = [
+        *size_lines(work.model),
+        *memory_lines(*found, chosen=work.model.activation_checkpointing),
+        *data_lines(epoch, run, steps_left, loader),
+        *disk_lines(settings, work.model, steps_left),
+        f"work      {step_flops / 1e12:.3g} TFLOP a step on all ranks, {steps_left * step_flops / 1e12:.3g} in all",
+        *time_lines(time, steps_left, loader),
+        "dry run   nothing was written and nothing was trained",
+    ]
+    for line in lines:
+        world.print(line)
+
+
+def as_totals(counts: Counts) -> Totals:
+    return Totals(
+        tokens=counts.tokens, trained_tokens=counts.trained_tokens, attended_pairs=counts.attended_pairs, steps=1
+    )
+
+
+def count(loader: TrainLoader, first: int, rows: int) -> Counts:
+    """What the rows of the stream from `first` on hold, over all ranks: exactly what the run will log."""
+    lengths, trained = loader.samples.lengths.astype(np.int64), trained_targets(loader)
+    pairs = lengths * (lengths + 1) // 2
+    sums = np.zeros(3, dtype=np.int64)
+    for row in range(first, first + rows):
+        samples = loader.stream.row(row)
+        sums += [lengths[samples].sum(), trained[samples].sum(), pairs[samples].sum()]
+    return Counts(rows, *map(int, sums))
+
+
+def trained_targets(loader: TrainLoader) -> NDArray[np.int64]:
+    """The trained tokens of each sample: a document's first token is nobody's target."""
+    samples = loader.samples
+    starts = np.asarray(samples.offsets[:-1], dtype=np.int64)
+    is_trained = np.asarray(samples.labels) != NOT_TRAINED
+    counts = np.add.reduceat(is_trained, starts, dtype=np.int64)
+    return counts - is_trained[starts]
+
+
+def size_lines(model: Any) -> Iterator[str]:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    yield f"model     {total:,} parameters, {trained:,} of them trained"
+
+
+def memory_lines(found: Mapping[Recomputing, Estimate], at_hand: int, *, chosen: Recomputing) -> Iterator[str]:
+    """Each part of the chosen mode's estimate, and all modes against the memory at hand."""
+    needed = found[chosen].total
+    yield f"memory    {gib(needed)} on this device by the estimate, {gib(at_hand)} at hand"
+    for part, size in found[chosen].parts.items():
+        yield f"          {part:<18} {gib(size):>10}"
+    for mode, estimate in found.items():
+        mark = "as set" if mode == chosen else ""
+        fits = "fits" if estimate.total <= HEADROOM * at_hand else "does not fit"
+        yield f"          activation_checkpointing={mode:<10} {gib(estimate.total):>10}  {fits}  {mark}".rstrip()
+    if needed > HEADROOM * at_hand:
+        short = f"{gib(needed)} will not fit into {gib(at_hand)} (a tenth is left free)"
+        yield f"warning   {short}: {remedy(found, at_hand)}"
+
+
+def remedy(found: Mapping[Recomputing, Estimate], at_hand: int) -> str:
+    fitting = [mode for mode in found if found[mode].total <= HEADROOM * at_hand]
+    if fitting:
+        return f"set activation_checkpointing={fitting[0]}"
+    parts = found["full"].parts
+    kept = sum(parts.get(part, 0) for part in ("parameters", "optimizer moments"))
+    if kept > HEADROOM * at_hand:
+        return "its parameters and the optimizer's moments alone are too large; train a smaller model"
+    return "set activation_checkpointing=full and lower batch_size, then block_size"
+
+
+def data_lines(epoch: Counts, run: Counts, steps: int, loader: TrainLoader) -> Iterator[str]:
+    yield (
+        f"epoch     {epoch.tokens:,} tokens, {epoch.trained_tokens:,} of them trained, in {epoch.rows:,} rows: "
+        f"{math.ceil(epoch.rows / loader.rows_per_step):,} steps of {loader.rows_per_step} rows"
+    )
+    tokens = f"{run.tokens:,} tokens, {run.trained_tokens:,} of them trained"
+    yield f"run       {steps:,} steps, {tokens}, in {run.rows:,} rows"
+
+
+def disk_lines(settings: Any, model: Any, steps: int) -> Iterator[str]:
+    """The size of a checkpoint and of all that will lie on the disk at once, against what is free there."""
+    size = checkpoint_bytes(model)
+    every = settings.save_interval or steps
+    saves = max(1, math.ceil(steps / max(1, every)))
+    kept = saves if settings.keep_checkpoints is None else min(saves, settings.keep_checkpoints)
+    has_best = settings.eval_interval is not None
+    copies = kept + has_best + 1
+    out_dir = Path(settings.out_dir).absolute()
+    folder = next(path for path in (out_dir, *out_dir.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    yield (
+        f"disk      {gib(size)} a checkpoint ({size:,} bytes), {gib(copies * size)} for {kept} kept"
+        f"{', the best' if has_best else ''} and one being written; {gib(free)} free at {folder}"
+    )
+    if copies * size > free:
+        remedies = "lower keep_checkpoints, or choose an out_dir elsewhere"
+        yield f"warning   {gib(copies * size)} will not fit on that disk: {remedies}"
+
+
+def checkpoint_bytes(model: Any) -> int:
+    """The file of a checkpoint: parameters, two moments and a count for each that is trained."""
+    size, tensors = CHECKPOINT_BYTES, 0
+    for parameter in model.parameters():
+        size += parameter.nbytes * (3 if parameter.requires_grad else 1)
+        tensors += 4 if parameter.requires_grad else 1
+    return size + tensors * CHECKPOINT_TENSOR_BYTES
+
+
+def time_lines(time: StepTime, steps: int, loader: TrainLoader) -> Iterator[str]:
+    if time.problem is not None:
+        yield f"time      not measured: {time.problem}"
+        return
+    tokens = loader.rows_per_step * loader.stream.block_size
+    yield (
+        f"time      {duration(time.seconds)} a step, {duration(time.seconds * steps)} in all, estimated from "
+        f"{time.measured}; {tokens / time.seconds:,.0f} tokens/s"
+    )
+    yield "          without evaluations, checkpoints, start and the exchange between ranks"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
