@@ -128,16 +128,16 @@ def test_rows_end_where_they_end():
         rows[2]
 
 
-@pytest.mark.parametrize("samples", [7_473, 50_000])
-def test_narrow_lengths_like_gsm8ks_fill_rows_almost_completely(samples):
-    """Best fit alone leaves 0.5 % of these empty."""
+@pytest.mark.parametrize(("samples", "block_size"), [(7_473, 2048), (50_000, 2048), (50_000, 1024)])
+def test_narrow_lengths_like_gsm8ks_fill_rows_almost_completely(samples, block_size):
+    """Best fit alone leaves 0.6 to 1.2 % of these empty."""
     lengths = np.clip(np.random.default_rng(0).lognormal(5.19, 0.34, samples).astype(int), 74, 546)
-    rows = pack(lengths, 2048)
+    rows = pack(lengths, block_size)
     assert sorted(chain.from_iterable(as_lists(rows))) == list(range(samples))
-    assert max(lengths[row].sum() for row in rows) <= 2048
-    assert len(rows) == -(-lengths.sum() // 2048)  # not one more than the tokens need
-    assert samples < 10_000 or lengths.sum() >= 0.999 * len(rows) * 2048
-    assert len(best_fit(lengths, 2048)) > 1.004 * len(rows)
+    assert max(lengths[row].sum() for row in rows) <= block_size
+    assert len(rows) == -(-lengths.sum() // block_size)  # not one more than the tokens need
+    assert samples < 10_000 or lengths.sum() >= 0.999 * len(rows) * block_size
+    assert len(best_fit(lengths, block_size)) > 1.005 * len(rows)
 
 
 def test_conversations_of_ordinary_lengths_fill_rows_almost_completely():
