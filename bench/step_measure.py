@@ -16,7 +16,7 @@ import numpy as np
 from bench.loss_goals import MEASURED
 from bench.loss_task import option_name
 from bench.step_processes import ProviderFailed, Session, Workers
-from bench.step_tasks import OURS, OURS_BF16, PADDED, PLAIN, TRL, Task
+from bench.step_tasks import GROUPED, OURS, OURS_BF16, PADDED, PLAIN, TRL, Task
 from model_config import forward_flops
 from sft.arrays import Samples
 
@@ -229,16 +229,11 @@ CPU_GRIDS: dict[str, Sequence[Option]] = {
     TRL: (
         {"packing": True, "batch": 1},
         {"packing": False, "batch": 4},
+        {"packing": False, "batch": 2},
         {"packing": False, "batch": 8},
-        {"packing": True, "batch": 2},
-        {"packing": False, "batch": 1},
     ),
-    PADDED: (
-        {"batch": 4, "group_by_length": True},
-        {"batch": 8, "group_by_length": True},
-        {"batch": 4},
-        {"batch": 1},
-    ),
+    PADDED: ({"batch": 4}, {"batch": 8}, {"batch": 2}),
+    GROUPED: ({"batch": 4}, {"batch": 8}),
     PLAIN: ({"block": 512, "batch": 1}, {"block": 256, "batch": 4}, {"block": 1024, "batch": 1}),
 }
 GPU_GRIDS: dict[str, Sequence[Option]] = {
@@ -253,7 +248,8 @@ GPU_GRIDS: dict[str, Sequence[Option]] = {
         {"packing": True, "batch": 4, "liger": True, "attention": "flash_attention_2"},
         {"packing": True, "batch": 1},
     ),
-    PADDED: ({"batch": 16, "group_by_length": True}, {"batch": 32, "group_by_length": True}, {"batch": 16}),
+    PADDED: ({"batch": 16}, {"batch": 32}),
+    GROUPED: ({"batch": 16}, {"batch": 32}),
     PLAIN: ({"block": 4096, "batch": 2}, {"block": 4096, "batch": 2, "compile": True}),
 }
 GRIDS = {"cpu": CPU_GRIDS, "cuda": GPU_GRIDS}

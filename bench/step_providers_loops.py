@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench.step_inputs import document, fill_weights
 from bench.step_plain_model import PlainModel
-from bench.step_tasks import PADDED
+from bench.step_tasks import GROUPED, PLAIN
 from bench.step_worker import Gate, Step, Work
 from sft.samples import NOT_TRAINED
 
@@ -35,7 +35,7 @@ class Micro(NamedTuple):
 
 
 def load(provider: str) -> None:
-    if provider == PADDED:
+    if provider != PLAIN:
         import transformers
 
         transformers.logging.set_verbosity_error()
@@ -62,7 +62,7 @@ def batches_of_documents(work: Work) -> Iterator[list[int]]:
     random, size = np.random.default_rng(0), min(work.option["batch"], work.documents_per_step)
     while True:
         order = random.permutation(len(work.samples))
-        if work.option.get("group_by_length"):
+        if work.provider == GROUPED:
             together = size * BATCHES_SORTED_TOGETHER
             parts = [order[i : i + together] for i in range(0, len(order), together)]
             order = np.concatenate([part[np.argsort(-work.samples.lengths[part], kind="stable")] for part in parts])
@@ -102,7 +102,7 @@ def planned_steps(work: Work) -> Iterator[list[Micro]]:
 def steps_of(work: Work) -> Iterator[list[Micro]]:
     if work.plan is not None:
         return planned_steps(work)
-    return padded_steps(work) if work.provider == PADDED else row_steps(work)
+    return row_steps(work) if work.provider == PLAIN else padded_steps(work)
 
 
 def padded_loss(model: Any, micro: Micro, trained: int) -> Tensor:
@@ -121,7 +121,7 @@ def plain_loss(model: nn.Module, micro: Micro, trained: int) -> Tensor:
 
 
 def make_model(work: Work) -> nn.Module:
-    if work.provider == PADDED:
+    if work.provider != PLAIN:
         from bench.step_providers_trl import make_model as make_transformers_model
 
         return make_transformers_model(work)
@@ -146,7 +146,7 @@ def make_optimizer(model: nn.Module, work: Work) -> torch.optim.Optimizer:
 def train(work: Work, gate: Gate) -> None:
     model = make_model(work)
     optimizer = make_optimizer(model, work)
-    loss_of = padded_loss if work.provider == PADDED else plain_loss
+    loss_of = plain_loss if work.provider == PLAIN else padded_loss
     narrow = work.autocast_dtype
     for micros in steps_of(work):
         trained = sum(micro.trained for micro in micros)

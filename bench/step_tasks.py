@@ -9,8 +9,9 @@ from typing import Any, Literal
 from model_config import PRESETS, ModelArchitectureConfig
 
 DataName = Literal["gsm8k", "alpaca", "documents", "full rows"]
-OURS, OURS_BF16, TRL, PADDED, PLAIN = "ours", "ours, bf16", "TRL", "padded loop", "nanoGPT-style loop"
-PROVIDERS = (OURS, OURS_BF16, TRL, PADDED, PLAIN)
+OURS, OURS_BF16, TRL = "ours", "ours, bf16", "TRL"
+PADDED, GROUPED, PLAIN = "padded loop", "padded loop, like lengths together", "nanoGPT-style loop"
+PROVIDERS = (OURS, OURS_BF16, TRL, PADDED, GROUPED, PLAIN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ GPU_TASKS = (
         row=4096,
         rows_per_step=4,
         dtype="bfloat16",
-        providers=(OURS, PADDED),
+        providers=(OURS, PADDED, GROUPED),
         learning_rate=2e-5,
         samples=2048,
     ),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.loss_measure import reason, resident_bytes, synchronise
 from bench.step_inputs import load_samples
-from bench.step_tasks import OURS, OURS_BF16, PADDED, PLAIN, TRL, Task
+from bench.step_tasks import GROUPED, OURS, OURS_BF16, PADDED, PLAIN, TRL, Task
 from sft.arrays import Samples
 
 MODULES = {
@@ -32,6 +32,7 @@ MODULES = {
     OURS_BF16: "bench.step_providers_ours",
     TRL: "bench.step_providers_trl",
     PADDED: "bench.step_providers_loops",
+    GROUPED: "bench.step_providers_loops",
     PLAIN: "bench.step_providers_loops",
 }
 

@@ -20,7 +20,7 @@ from bench.step_providers_loops import laid_out, padded_steps, row_steps
 from bench.step_providers_loops import train as train_loop
 from bench.step_providers_ours import train as train_ours
 from bench.step_table import table_lines
-from bench.step_tasks import OURS, OURS_BF16, PADDED, PLAIN, PROVIDERS, SETS, TINY_TASKS, TRL, Task
+from bench.step_tasks import GROUPED, OURS, OURS_BF16, PADDED, PLAIN, PROVIDERS, SETS, TINY_TASKS, TRL, Task
 from bench.step_worker import Gate, Step, Work
 from model_builder import ConfigurableGPT
 from model_config import parameter_count
@@ -52,7 +52,13 @@ def report(tmp_path_factory):
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(step_measure.GRIDS, "cpu", grids)
-        chosen = ["--tasks=tiny", "--only=tiny", "--shares=true", "--shared=nowhere", f"--leave_out={OURS_BF16}"]
+        chosen = [
+            "--tasks=tiny",
+            "--only=tiny",
+            "--shares=true",
+            "--shared=nowhere",
+            f"--leave_out={OURS_BF16};{GROUPED}",
+        ]
         sizes = ["--threads=1", "--steps=1", "--rounds=2", "--apart=false"]
         main([*chosen, *sizes, "--device=cpu", f"--out_dir={out_dir}"])
     return json.loads((out_dir / "step_cpu.json").read_text())
@@ -111,10 +117,10 @@ def test_the_table_and_the_plot_show_who_was_measured(report):
 
 @pytest.mark.slow
 def test_options_are_compiled_and_the_best_is_opened_again(tmp_path, monkeypatch):
-    grids = {OURS: ({"rows": 1, "compile": True}, {"rows": 2, "compile": True}), PLAIN: ({"block": 128, "batch": 1},)}
-    grids[PLAIN] += ({"block": 128, "batch": 1, "compile": True},)
+    grids = {OURS: ({"rows": 1, "compile": True},), PLAIN: ({"block": 128, "batch": 1, "compile": True},)}
     monkeypatch.setitem(step_measure.GRIDS, "cpu", grids)
-    chosen = ["--tasks=tiny", "--shares=true", "--shared=nowhere", f"--leave_out={OURS_BF16};{TRL};{PADDED}"]
+    chosen = ["--tasks=tiny", "--shares=true", "--shared=nowhere", f"--leave_out={OURS_BF16};{TRL};{PADDED};{GROUPED}"]
+    chosen += ["--minutes=9", "--turn_seconds=200"]
     main([*chosen, "--threads=1", "--steps=1", "--rounds=2", "--apart=false", "--device=cpu", f"--out_dir={tmp_path}"])
     report = json.loads((tmp_path / "step_cpu.json").read_text())
     assert len(report["tasks"]) == len(TINY_TASKS)
@@ -176,6 +182,13 @@ def test_every_task_has_a_model_of_its_size_and_a_step_that_everyone_can_take(ta
     assert low < millions < high
 
 
+@pytest.mark.parametrize(("tasks", "device"), [("cpu", "cpu"), ("tiny", "cpu"), ("cuda", "cuda")])
+def test_everyone_has_a_grid_of_different_options(tasks: str, device: str):
+    for name in {name for task in SETS[tasks] for name in task.providers}:
+        options = [json.dumps(option, sort_keys=True) for option in step_measure.GRIDS[device][name]]
+        assert len(options) == len(set(options)) >= 1
+
+
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_drawn_conversations_have_the_lengths_and_the_share_they_are_fitted_to(name: str):
     samples = drawn(name, 4000, 4096, 8192)
@@ -216,14 +229,14 @@ def test_padding_is_neither_real_nor_trained():
 
 
 def test_grouping_by_length_pads_less_and_leaves_the_work_as_it_is():
-    def filled(**option: object) -> float:
-        work = tiny_work(PADDED, batch=8, **option)
+    def filled(provider: str) -> float:
+        work = tiny_work(provider, batch=8)
         steps = padded_steps(work)
         micros = [micro for _ in range(4) for micro in next(steps)]
         assert sum(len(micro.real) for micro in micros) == 4 * work.documents_per_step
         return sum(micro.tokens for micro in micros) / sum(micro.real.numel() for micro in micros)
 
-    assert filled(group_by_length=True) > filled() + 0.05
+    assert filled(GROUPED) > filled(PADDED) + 0.05
 
 
 def test_rows_in_nanogpts_manner_are_full_and_hold_a_step_of_tokens():
