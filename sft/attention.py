@@ -149,9 +149,9 @@ def causal_attention(
     if way == "flex":
         return attention_backends.flex(q, k, v, documents.block_mask)
     B, H, T, C = q.shape
-    end_to_end = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # each (N, heads, C): no document crosses rows
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (N, heads, C): no document crosses rows
     spans = documents.spans
-    mixed, _ = attention_backends.document_attention(*end_to_end, spans.offsets, spans.extent, B, way)
+    mixed = attention_backends.attend(q, k, v, spans.offsets, spans.extent, B, way)
     return mixed.view(B, T, H, C).transpose(1, 2)
 
 

@@ -20,20 +20,30 @@ if TYPE_CHECKING:
 FLEX_BLOCK = 128  # tokens; FlexAttention leaves out whole blocks of scores
 
 
-@library.custom_op("sft::document_attention", mutates_args=())
-def document_attention(
+def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, extent: Tensor, rows: int, kernel: str) -> Tensor:
+    """Causal attention within documents, (N, H, C), of what forward_pass describes; with gradients."""
+    if torch.compiler.is_compiling():
+        return document_attention(q, k, v, offsets, extent, rows, kernel)[0]
+    return DocumentAttention.apply(q, k, v, offsets, extent, rows, kernel)
+
+
+def forward_pass(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, extent: Tensor, rows: int, kernel: str
 ) -> tuple[Tensor, Tensor]:
     """Causal attention within documents, (N, H, C), and the logarithm of each softmax's denominator, (H, N).
 
     q is (N, H, C), k and v are (N, G, C): the documents of all `rows` rows end to end. `offsets` (N + 1,) int32 on the
     device has where each begins and the last one ends, then anything; `extent` (2,) on the host has their number and
-    the tokens of the longest. As an operator of its own it reads them when it runs: handed to PyTorch's varlen_attn in
-    a compiled block, number and length would be part of the program.
+    the tokens of the longest.
     """
     out, lse = _kernel(kernel, extent, rows).forward(q, k, v, _used(offsets, extent), extent)
     assert lse.numel() == q.shape[0] * q.shape[1], f"one denominator for each query and head, not {lse.shape}"
     return out.contiguous(), lse.reshape(q.shape[1], q.shape[0]).contiguous()
+
+
+# In a compiled block an operator of its own reads number and length when it runs; handed to PyTorch's varlen_attn they
+# would be part of the program. Elsewhere it would only cost: some time at each call, and a second at the first.
+document_attention = library.custom_op("sft::document_attention", forward_pass, mutates_args=())
 
 
 @document_attention.register_fake
@@ -44,8 +54,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=wide)
 
 
-@library.custom_op("sft::document_attention_backward", mutates_args=())
-def document_attention_backward(
+def backward_pass(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -61,6 +70,9 @@ def document_attention_backward(
     backward = _kernel(kernel, extent, rows).backward
     of_q, of_k, of_v = backward(grad.contiguous(), q, k, v, out, lse, _used(offsets, extent), extent)
     return of_q.contiguous(), of_k.contiguous(), of_v.contiguous()
+
+
+document_attention_backward = library.custom_op("sft::document_attention_backward", backward_pass, mutates_args=())
 
 
 @document_attention_backward.register_fake
@@ -79,6 +91,22 @@ def _gradients(ctx: Any, grad: Tensor, _of_lse: Tensor) -> tuple[Tensor | None, 
 
 
 document_attention.register_autograd(_gradients, setup_context=_keep)
+
+
+class DocumentAttention(torch.autograd.Function):
+    """forward_pass without its denominators, and backward_pass."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        out, lse = forward_pass(*inputs)
+        _keep(ctx, inputs, (out, lse))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, offsets, extent = ctx.saved_tensors
+        gradients = backward_pass(grad, q, k, v, out, lse, offsets, extent, ctx.rows, ctx.kernel)
+        return (*gradients, None, None, None, None)
 
 
 class Kernel(NamedTuple):
