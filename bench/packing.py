@@ -106,7 +106,7 @@ def compare(lengths: np.ndarray, block_size: int, *, repeats: int) -> dict[str, 
             taken, results[name] = timed(act)
             seconds[name].append(taken)
     assert {result.tokens for result in results.values()} == {len(token_ids)}, "a contestant lost tokens"
-    assert results[OURS].rows == results[TRL_AT_ONCE].rows, "best fit has one number of rows"
+    assert results[OURS].rows <= results[TRL_AT_ONCE].rows, "never more rows than best fit makes"
     ours = statistics.median(seconds[OURS])
     return {
         name: {
