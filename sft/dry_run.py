@@ -48,11 +48,11 @@ def rehearse(
     run = count(loader, first_row, steps_left * loader.rows_per_step)
     epoch = count(loader, 0, loader.stream.rows_per_epoch)
     step_flops = flops(as_totals(run)) / max(1, steps_left)
-    found = world.on_main(lambda: (estimates(work), memory_at_hand(work.world.device)))
+    memory = world.on_main(lambda: list(estimated_lines(work)))
     time = world.on_main(lambda: measure_step(work, loader, flops=flops))
     lines = [
         *size_lines(work.model),
-        *memory_lines(*found, chosen=work.model.activation_checkpointing),
+        *memory,
         *data_lines(epoch, run, steps_left, loader),
         *disk_lines(settings, work.model, steps_left),
         f"work      {step_flops / 1e12:.3g} TFLOP a step on all ranks, {steps_left * step_flops / 1e12:.3g} in all",
@@ -93,6 +93,16 @@ def size_lines(model: Any) -> Iterator[str]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     yield f"model     {total:,} parameters, {trained:,} of them trained"
+
+
+def estimated_lines(work: Workload) -> Iterator[str]:
+    """The memory as far as it can be estimated: an operator may not run on tensors without content."""
+    try:
+        found = estimates(work)
+    except Exception as error:
+        yield f"memory    not estimated: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return
+    yield from memory_lines(found, memory_at_hand(work.world.device), chosen=work.model.activation_checkpointing)
 
 
 def memory_lines(found: Mapping[Recomputing, Estimate], at_hand: int, *, chosen: Recomputing) -> Iterator[str]:

@@ -133,6 +133,13 @@ def test_what_does_not_fit_is_warned_of_with_a_remedy(arguments, capsys, monkeyp
     assert "will not fit on that disk: lower keep_checkpoints" in printed
 
 
+def test_a_model_that_cannot_be_estimated_is_told_of_all_the_same(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "estimates", lambda work: 1 / 0)
+    printed = told(capsys, arguments())
+    assert "memory    not estimated: ZeroDivisionError: division by zero" in printed
+    assert "nothing was trained" in printed
+
+
 @pytest.fixture(scope="module")
 def long_rows(tmp_path_factory, prepared) -> Path:
     """A prepared folder whose rows of 2,048 tokens are full."""
