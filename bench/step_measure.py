@@ -21,7 +21,8 @@ from model_config import forward_flops
 from sft.arrays import Samples
 
 Option = Mapping[str, Any]
-GRID_SHARE = 0.6  # of a task's time: options that are not begun by then are not tried, save everyone's first
+GRID_SHARE = 0.55  # of a task's time: options that are not begun by then are not tried, save everyone's first
+ROUNDS_SHARE = 0.85  # of a task's time: rounds that would not end by then are not begun; then losses are compared
 ROUNDS_AT_LEAST = 2
 PLANNED_STEPS, PLANNED_DOCUMENTS = 12, 2  # of the comparison of loss curves
 TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}  # of a loss, relative
@@ -72,12 +73,13 @@ def speed(turn: Mapping[str, Any], of: str = "tokens") -> float:
 def measured_task(run: TaskRun, grids: Mapping[str, Sequence[Option]]) -> dict[str, Any]:
     """Everything that is told of a task."""
     entries = [Entry(name, list(grids[name])) for name in run.task.providers]
-    grid_end = time.monotonic() + GRID_SHARE * (run.end - time.monotonic())
+    begin = time.monotonic()
+    grid_end, rounds_end = (begin + share * (run.end - begin) for share in (GRID_SHARE, ROUNDS_SHARE))
     for place in range(max(len(entry.grid) for entry in entries)):
         for entry in entries:
             if place < len(entry.grid):
                 try_option(run, entry, entry.grid[place], in_time=place == 0 or time.monotonic() < grid_end)
-    take_rounds(run, [entry for entry in entries if entry.session is not None])
+    take_rounds(run, [entry for entry in entries if entry.session is not None], end=rounds_end)
     curves = {entry.name: curve for entry in entries if (curve := planned_losses(run, entry)) is not None}
     for entry in entries:
         if entry.session is not None:
@@ -117,13 +119,13 @@ def try_option(run: TaskRun, entry: Entry, option: Option, *, in_time: bool) -> 
     entry.first = {**session.first, **ready, "import_seconds": ready["at"] - session.worker.started}
 
 
-def take_rounds(run: TaskRun, entries: Sequence[Entry]) -> None:
+def take_rounds(run: TaskRun, entries: Sequence[Entry], *, end: float) -> None:
     """Turns of all, in a new order each round; what an option's trial took does not count any more."""
     for entry in entries:
         entry.turns = []
     longest = 0.0
     for number in range(run.rounds):
-        if number >= ROUNDS_AT_LEAST and time.monotonic() + longest > run.end:
+        if number >= ROUNDS_AT_LEAST and time.monotonic() + longest > end:
             return
         begin = time.monotonic()
         there = [entry for entry in entries if entry.failed is None]
