@@ -226,8 +226,8 @@ def ratio(providers: Mapping[str, Any], one: str, other: str, *, of: str) -> flo
 
 
 CPU_GRIDS: dict[str, Sequence[Option]] = {
-    OURS: ({"rows": 1}, {"rows": 2}),
-    OURS_BF16: ({"rows": 1}, {"rows": 2}),
+    OURS: ({"rows": 1}, {"rows": 1, "row": 1024}, {"rows": 2}),
+    OURS_BF16: ({"rows": 1}, {"rows": 1, "row": 1024}, {"rows": 2}),
     TRL: (
         {"packing": True, "batch": 1},
         {"packing": False, "batch": 4},

@@ -46,12 +46,13 @@ def make_model(work: Work) -> ConfigurableGPT:
 
 def make_loader(work: Work) -> TrainLoader:
     """The trainer's own stream of packed rows."""
-    task = work.task
+    row = work.option.get("row", work.task.row)
+    rows_per_step = work.task.tokens_per_step // row
     return TrainLoader(
         work.samples,
-        RowStream(work.samples.lengths, block_size=task.row, seed=SEED),
-        batch_size=min(work.option["rows"], task.rows_per_step),
-        rows_per_step=task.rows_per_step,
+        RowStream(work.samples.lengths, block_size=row, seed=SEED),
+        batch_size=min(work.option["rows"], rows_per_step),
+        rows_per_step=rows_per_step,
         rank=0,
         world_size=1,
         pad_id=PAD,

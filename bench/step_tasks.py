@@ -21,7 +21,7 @@ class Task:
     name: str
     model: Mapping[str, Any]  # architecture fields of a Qwen3 model
     data: DataName
-    row: int  # tokens of a packed row
+    row: int  # tokens of a packed row; ours may take shorter ones that hold every conversation
     rows_per_step: int  # of one optimizer update; the loops take as many conversations as that holds, or a few more
     dtype: Literal["float32", "bfloat16"]  # of computing; weights and optimizer states are always fp32
     providers: Sequence[str] = PROVIDERS

@@ -18,6 +18,7 @@ from bench.step_plain_model import PlainModel
 from bench.step_processes import ProviderFailed, Session, Worker, Workers
 from bench.step_providers_loops import laid_out, padded_steps, row_steps
 from bench.step_providers_loops import train as train_loop
+from bench.step_providers_ours import make_loader
 from bench.step_providers_ours import train as train_ours
 from bench.step_table import table_lines
 from bench.step_tasks import GROUPED, OURS, OURS_BF16, PADDED, PLAIN, PROVIDERS, SETS, TINY_TASKS, TRL, Task
@@ -254,6 +255,12 @@ def test_the_flops_of_a_token_are_those_of_its_products():
     attention = config.n_layer * 2 * heads * (T + 1) / 2
     head = config.vocab_size * width * (T - 1) / T
     assert flops_per_token(task, samples) == pytest.approx(6 * (matrices + attention + head), rel=0.01)
+
+
+def test_shorter_rows_leave_the_step_as_large():
+    whole, halves = (make_loader(tiny_work(OURS, rows=1, row=row)) for row in (1024, 512))
+    assert (whole.rows_per_step, halves.rows_per_step) == (2, 4)
+    assert halves.stream.block_size == 512
 
 
 def test_a_gate_counts_a_turn_and_waits_for_the_next(tmp_path):
