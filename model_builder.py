@@ -19,9 +19,9 @@ from sft.attention import BackEnd, Documents, KeyValueCache, causal_attention
 from sft.errors import UserError
 from sft.linear import Linear
 from sft.pretrained import open_pretrained
+from sft.rotary import Rotary, rotary_tables, rotate
 
 # Shapes: B rows, T tokens, V vocabulary, D width, H query heads, G key heads, C head size.
-Rotary = tuple[Tensor, Tensor]  # cosines and sines, each (B, T, 1, C / 2) in fp32
 
 
 class ConfigurableGPT(nn.Module):
@@ -77,7 +77,9 @@ class ConfigurableGPT(nn.Module):
         if self.pos_encoding is not None:
             x = x + self.pos_encoding(positions)
         x = self.embedding_dropout(x)
-        rotary = rotary_tables(positions, self.config) if self.config.position_encoding == "rope" else None
+        rotary = None
+        if self.config.position_encoding == "rope":
+            rotary = rotary_tables(positions, head_size=self.config.head_size, theta=self.config.rope_theta)
         recomputing = self.activation_checkpointing if self.training else "none"
         last = len(self.blocks) - 1
         if self.compiled and places is not None:
@@ -270,7 +272,7 @@ class Attention(nn.Module):
         k = self.k_norm(k.view(B, T, -1, self.head_size))  # (B, T, G, C)
         v = v.view(B, T, -1, self.head_size)
         if rotary is not None:
-            q, k = rotate(q, rotary, self.interleaved), rotate(k, rotary, self.interleaved)
+            q, k = (rotate(x, rotary, interleaved=self.interleaved) for x in (q, k))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, C)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -348,23 +350,6 @@ def build_norm(config: ModelArchitectureConfig) -> nn.Module:
     if config.normalization == "rmsnorm":
         return RMSNorm(config.n_embd, config.norm_eps)
     return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.normalization == "layernorm")
-
-
-def rotary_tables(positions: Tensor, config: ModelArchitectureConfig) -> Rotary:
-    """Cosines and sines of each position's angles, in fp32 whatever the model's dtype: half precision would misplace
-    far tokens. They are computed anew for each forward, so there is no buffer to save, to move or to outgrow."""
-    C = config.head_size
-    exponents = torch.arange(0, C, 2, device=positions.device, dtype=torch.float32) / C
-    angles = positions[..., None, None].float() * (1.0 / config.rope_theta**exponents)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rotary: Rotary, interleaved: bool) -> Tensor:
-    """x (B, T, heads, C) with each pair of coordinates turned by its position's angle."""
-    cos, sin = rotary
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, dim=-1)
-    turned = a * cos - b * sin, b * cos + a * sin
-    return (torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)).to(x.dtype)
 
 
 def _grown(weight: Tensor, size: int) -> nn.Parameter:

@@ -143,7 +143,6 @@ def run_all(settings: StepBenchmark, report: dict[str, Any], out: Path, end: flo
 def main(argv: list[str]) -> None:
     settings = resolved(load_settings(StepBenchmark, argv).settings)
     begin = time.monotonic()
-    end = begin + settings.minutes * 60
     device = torch.device(settings.device)
     out = Path(settings.out_dir) / f"step_{short_name(device)}.json"
     report: dict[str, Any] = {
@@ -163,7 +162,7 @@ def main(argv: list[str]) -> None:
     try:
         if settings.apart and device.type == "cpu":
             report["apart"] = measured_apart(threads=settings.threads)
-        run_all(settings, report, out, end)
+        run_all(settings, report, out, time.monotonic() + settings.minutes * 60)
         report["status"] = "finished"
     except BaseException as error:
         report["status"] = f"stopped: {reason(error)}"

@@ -248,7 +248,7 @@ def fused_head_bytes(
     size = linear_cross_entropy.chunk_rows(N, hidden, vocabulary=V, dtype=dtype, hidden_gradient=hidden_gradient)
     rows = min(size, N)
     row = V * dtype.itemsize + D * (dtype.itemsize + hidden_gradient * (wide + hidden.dtype.itemsize))
-    if not hidden.is_cuda and head_gradient and dtype.itemsize < wide:
+    if not hidden.is_cuda and head_gradient and dtype == torch.float16:
         row += V * wide  # the gradient of the logits, widened for its product
     of_head = V * D * (dtype.itemsize if head_weight.dtype != dtype else 0)  # autocast's copy
     if head_gradient and head_weight.dtype.itemsize < wide:

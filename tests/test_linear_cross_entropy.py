@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from sft import linear
 from sft.kernels import linear_cross_entropy, reference
 from sft.kernels.linear_cross_entropy import Job, chunk_rows, compute, masked_linear_cross_entropy
 from tests.devices import on_gpu
@@ -50,6 +51,14 @@ def test_values_and_gradients_equal_the_definitions(n, dtype, bound):
 def test_a_vocabulary_may_have_any_size(V, monkeypatch):
     monkeypatch.setattr(linear_cross_entropy, "CPU_CHUNK", 4 * V)
     assert_equals_the_definition(problem(V=V, D=8, n=11, dtype=torch.float32), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not linear.has_onednn(), reason="this build of PyTorch has no oneDNN")
+@pytest.mark.parametrize("V", [257, 151_936])
+def test_so_they_do_where_the_products_go_to_onednn(V, monkeypatch):
+    monkeypatch.setattr(linear, "LEAST_WORK", 1)
+    monkeypatch.setattr(linear_cross_entropy, "CPU_CHUNK", 4 * V)
+    assert_equals_the_definition(problem(V=V, D=8, n=11, dtype=torch.float32), rtol=3e-6, atol=3e-6)
 
 
 @pytest.mark.parametrize("n", [0, 1, CUDA_CHUNK - 1, CUDA_CHUNK, CUDA_CHUNK + 1, 300])

@@ -20,13 +20,14 @@ from torch import Tensor, library
 from sft.kernels.products import accumulation_dtype, add_product, product
 from sft.kernels.reference import CrossEntropy
 from sft.kernels.upstream import SMALLEST_SCALE, foretold, is_traced, rest
+from sft.linear import onednn, takes_onednn
 from sft.samples import NOT_TRAINED
 
 CUDA_BYTES = 1_300_000_000  # at most so much extra, beside the weight gradient and a head that autocast converts
 CUDA_WORKSPACE = 2 * 2**25  # of it what cuBLAS and cuBLASLt keep, 32 MiB each on Hopper
 CUDA_ROWS = 128  # chunks are a multiple of a GEMM's tile
 CUDA_LEAST_ROWS = 2048  # in a chunk: each passes over the weight gradient, whatever the hidden states' gradient leaves
-CPU_CHUNK = 40_000_000  # logits in a chunk: 256 rows of 151,936
+CPU_CHUNK = 80_000_000  # logits in a chunk: 256 rows of 151,936
 CPU_BLOCK = 2**20  # logits at once in the cross-entropy, which stay in a cache
 CUDA_BLOCK = 2**25  # the same on CUDA without Triton: 128 MiB in fp32
 ALIGNED = 64  # logits; so that each of a chunk's rows begins at an aligned address, whatever the vocabulary
@@ -243,7 +244,7 @@ def compute_chunks(
     size = chunk_rows(N, hidden, vocabulary=V, dtype=job.dtype, hidden_gradient=job.hidden_gradient)
     head = head_weight.to(job.dtype)
     stride = -(-V // ALIGNED) * ALIGNED if hidden.is_cuda else V
-    logits = head.new_empty(min(size, N), stride)[:, :V]  # the one buffer, used by each chunk
+    buffer: Tensor | None = None  # for the logits of each chunk
     grad_hidden = hidden.new_zeros(hidden.shape) if job.hidden_gradient else hidden.new_empty(0)
     grad_head = head_weight.new_empty(0)
     if job.head_gradient:
@@ -253,7 +254,11 @@ def compute_chunks(
     for start in range(0, N, size):
         part = slice(start, start + size)
         h = (hidden[part] if rows is None else hidden.index_select(0, rows[part])).to(job.dtype)  # (n, D)
-        z = torch.mm(h, head.t(), out=logits[: len(h)])  # (n, V)
+        if takes_onednn(h, head):
+            z = onednn(h, head)  # (n, V)
+        else:
+            buffer = head.new_empty(min(size, N), stride)[:, :V] if buffer is None else buffer
+            z = torch.mm(h, head.t(), out=buffer[: len(h)])
         token_results.append(
             cross_entropy_(job, z, labels[part], None if weights is None else weights[part])  # z is a gradient now
         )
@@ -266,6 +271,7 @@ def compute_chunks(
             del gradient
         if job.head_gradient:
             add_product(grad_head, z, h, first=start == 0)
+        del z  # before oneDNN makes the next
     if N == 0:
         grad_head.zero_()
     return grad_hidden, grad_head, joined(token_results, hidden, wide=wide)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sft.linear import onednn, takes_onednn
+
 HALF = (torch.bfloat16, torch.float16)
 CPU_SUM = 2**13  # terms of a sum at once
 CPU_ROWS = 2**11  # of a bf16 product at once
@@ -28,6 +30,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         if a.dtype in HALF and half_precision_adds(a.device, a.dtype) is not add_widened:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.mm(a, b)
+    if takes_onednn(a, b.t()):  # which adds parts, too
+        return onednn(a, b.t())
     total = torch.mm(a[:, :CPU_SUM], b[:CPU_SUM]).to(accumulation_dtype(a.dtype))
     for start in range(CPU_SUM, a.shape[1], CPU_SUM):
         total += torch.mm(a[:, start : start + CPU_SUM], b[start : start + CPU_SUM])  # addmm would go on from the total
