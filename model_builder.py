@@ -144,6 +144,8 @@ class ConfigurableGPT(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Have torch.compile translate each block at its first call; all blocks share what it learns."""
         self.compiled = True
+        # Else blocks are cut where DDP's buckets of gradients end, and what lies on both sides of a cut is not fused.
+        torch._dynamo.config.optimize_ddp = False
         for block in self.blocks:
             block.compile(backend=backend)
 

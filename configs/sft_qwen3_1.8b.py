@@ -22,7 +22,7 @@ weight_decay = 0.01
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0
-dropout = 0.05
+dropout = 0.0
 
 # evaluation and checkpoints, in steps
 eval_interval = 200

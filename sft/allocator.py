@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGEST = 2**30  # bytes
+LARGEST, ALLOWED_BY_OLDER = 2**30, 2**25  # bytes; glibc before 2.35 refuses more as M_MMAP_THRESHOLD
 
 
 def keep_freed_memory() -> bool:
@@ -18,4 +18,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, LARGEST))
+    keeps = mallopt(M_TRIM_THRESHOLD, LARGEST)
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) or mallopt(M_MMAP_THRESHOLD, ALLOWED_BY_OLDER)) and bool(keeps)

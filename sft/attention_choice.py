@@ -93,7 +93,8 @@ def choose_attention(
     if dropout > 0:
         if choice not in ("auto", "sdpa"):
             raise UserError(f"attention={choice} has no dropout; set dropout=0, or use attention=sdpa")
-        return Attention("sdpa", f"dropout={dropout:g}, which the others have not")
+        slower = "its cost follows the square of the row"
+        return Attention("sdpa", f"dropout={dropout:g}, which the faster ones have not; {slower}")
     if choice == "sdpa":
         return Attention(choice, "attention=sdpa")
     chosen = world.on_main(lambda: _measured_choice(choice, heads, dtype, first_documents(loader)))

@@ -45,12 +45,8 @@ class Journal:
         learning_rate: float,
         grad_norm: float,
         flops: float,
-        recompiled: int,
     ) -> None:
-        """One record for the steps since the last: means over their trained tokens, rates over their time.
-
-        `recompiled` is the number of graphs that torch.compile has made meanwhile.
-        """
+        """One record for the steps since the last: means over their trained tokens, rates over their time."""
         tokens_per_second = totals.tokens / totals.seconds
         record: dict[str, Any] = {
             "iter": iter_num,
@@ -65,20 +61,20 @@ class Journal:
             "memory_gib": memory_gib(self.world.device),
             "trained_tokens_per_second": totals.trained_tokens / totals.seconds,
             "stall_ms": 1000 * totals.stall_seconds / totals.steps,
-            "recompiled": recompiled,
+            "recompiled": totals.recompiled,
         }
         self.seconds += totals.seconds
         self.stall_seconds += totals.stall_seconds
-        self.recompiled += recompiled
+        self.recompiled += totals.recompiled
         mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:4.0%}"
         self.world.print(
             f"{self._step(iter_num)}  loss {totals.loss:7.4f}  lr {learning_rate:.2e}  norm {grad_norm:6.2f}"
             f"  {record['time_ms']:7.0f} ms  {_thousands(tokens_per_second)} tok/s"
             f"  {_thousands(record['trained_tokens_per_second'])} trained/s{mfu}  {record['memory_gib']:5.1f} GiB"
         )
-        if recompiled:
-            self.world.print(f"{self._step(iter_num)}  {recompiled} graphs compiled since the last line")
-            self.event("recompiled", iter=iter_num, graphs=recompiled)
+        if totals.recompiled:
+            self.world.print(f"{self._step(iter_num)}  {totals.recompiled} graphs compiled since the last line")
+            self.event("recompiled", iter=iter_num, graphs=totals.recompiled)
         if self.log:
             self.log.iteration(**record)
 

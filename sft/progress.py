@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sft.batches import Batch
+from sft.speed import compiled_graphs
 from sft.world import World
 
 
@@ -25,6 +26,7 @@ class Totals:
     trained_tokens: int = 0
     tokens: int = 0
     attended_pairs: int = 0
+    recompiled: int = 0  # graphs that torch.compile has made after the warm-up
     seconds: float = 0.0  # of this process, in steps alone
     stall_seconds: float = 0.0  # the part of them in which it waited for a batch, or told of earlier steps
 
@@ -42,6 +44,7 @@ class Progress:
         self.totals = Totals()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         self._counts = [0, 0, 0]  # this rank's trained tokens, tokens and attended pairs
+        self._graphs: int | None = None  # that torch.compile had made until the last flush; None = not counted yet
         self._clock: float | None = None  # when the time not yet in totals began; None while it stands still
 
     def counting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -59,15 +62,20 @@ class Progress:
 
     def flush(self) -> Totals:
         """Join all ranks' sums into the totals: one all-reduce and one device read. Every rank must call it."""
-        counts = torch.tensor(self._counts, dtype=torch.float64, device=self.world.device)
+        graphs = compiled_graphs()
+        recompiled = 0 if self._graphs is None else graphs - self._graphs
+        counts = torch.tensor([*self._counts, recompiled], dtype=torch.float64, device=self.world.device)
         joined = self.world.sum(torch.cat([self._loss_sum.reshape(1), counts])).tolist()
         self._read_clock()  # after the device read: the queued work has been done
         self.totals.loss_sum += joined[0]
         self.totals.trained_tokens += int(joined[1])
         self.totals.tokens += int(joined[2])
         self.totals.attended_pairs += int(joined[3])
+        self.totals.recompiled += int(joined[4])
         self._loss_sum.zero_()
         self._counts = [0, 0, 0]
+        if self._graphs is not None:
+            self._graphs = graphs
         return self.totals
 
     def take(self) -> Totals:
@@ -77,13 +85,18 @@ class Progress:
         return totals
 
     def start_clock(self) -> None:
+        """Steps are timed from here on; work that the device has yet to finish is not theirs."""
+        self._wait()
         self._clock = time.perf_counter()
+
+    def count_recompiled(self) -> None:
+        """What torch.compile makes on any rank from here on counts as recompiled."""
+        self._graphs = compiled_graphs()
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
         """Time inside is not step time; work that the device has yet to finish beforehand is."""
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
+        self._wait()
         self._read_clock()
         self._clock = None
         yield
@@ -102,6 +115,10 @@ class Progress:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.totals = Totals(**state)
+
+    def _wait(self) -> None:
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
 
     def _read_clock(self) -> None:
         if self._clock is not None:

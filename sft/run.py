@@ -23,7 +23,6 @@ from sft.loss import Loss
 from sft.phases import phase
 from sft.prefetch import Ahead
 from sft.progress import Progress, Totals
-from sft.speed import compiled_graphs
 from sft.step import SummedLoss, accumulate_gradients, train_step
 from sft.tracing import StepTrace
 from sft.world import World
@@ -64,7 +63,6 @@ class Run:
         self.collector = QuietCollector()
         self.trace = trace
         self.ahead: Ahead[WeighedBatch] | None = None
-        self.graphs = 0  # that torch.compile has made until the last record
         self.learning_rate = 0.0  # of the last update
         self.grad_norm = torch.zeros(())  # of the last update, on the device
         self.iter_num = 0  # completed steps
@@ -91,7 +89,7 @@ class Run:
         keep_freed_memory()
         steps = self.loader.steps(self.iter_num, rows_seen=self.rows_seen, end=self.journal.steps)
         self.ahead = Ahead(steps, device=self.world.device)
-        self.graphs = compiled_graphs()
+        self.progress.count_recompiled()
         self.collector.start()
         if self.trace is not None:  # after the collector, which never frees a cycle that was there before
             self.trace.start(pause=self.progress.clock_stopped, tell=self._tell_of_trace)
@@ -122,14 +120,12 @@ class Run:
         totals = self.progress.take()
         with self.progress.stalled():
             self.trained_tokens_seen += totals.trained_tokens
-            before, self.graphs = self.graphs, compiled_graphs()
             self.journal.iteration(
                 self.iter_num,
                 totals,
                 learning_rate=self.learning_rate,
                 grad_norm=self.grad_norm.item(),
                 flops=self.training_flops(totals),
-                recompiled=self.graphs - before,
             )
             self.collector.collect()
 

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 
 from model_builder import ConfigurableGPT
 from model_config import parameter_count
@@ -323,3 +324,25 @@ def gradients_of(model: ConfigurableGPT, value: Tensor) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     return {name: each for name, each in zip(parameters, found, strict=True) if each is not None}
+
+
+@pytest.fixture
+def process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_compiled_blocks_stay_whole_although_ddp_fills_several_buckets_with_one():
+    torch._dynamo.reset()
+    model = lively(n_embd=256, d_ff=1024).train()  # 2 MiB for each matrix of the feed-forward part
+    compiled = []
+
+    def backend(graph, _inputs):
+        compiled.append(graph)
+        return graph
+
+    model.compile_blocks(backend=backend)
+    DistributedDataParallel(model, bucket_cap_mb=1)(IDS, None, documents()).sum().backward()
+    assert len(compiled) == 1

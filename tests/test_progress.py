@@ -164,3 +164,18 @@ def test_an_error_of_the_loader_ends_the_run_with_its_own_message(arguments, tmp
     assert log["status"] == "failed: OSError: the disk is gone"
     assert not [thread for thread in threading.enumerate() if thread.name == "batches ahead"]
     assert [record["iter"] for record in log["training_iterations"]] == [1, 2]
+
+
+def test_graphs_that_other_ranks_compile_are_counted_after_the_warm_up(monkeypatch):
+    class OfTwo(World):
+        def sum(self, values):
+            return 2 * values  # the other rank does as this one
+
+    made = 5
+    monkeypatch.setattr("sft.progress.compiled_graphs", lambda: made)
+    progress = Progress(OfTwo(rank=0, size=2, device=torch.device("cpu")))
+    assert progress.flush().recompiled == 0
+    progress.count_recompiled()
+    made = 8
+    assert progress.take().recompiled == 6
+    assert progress.take().recompiled == 0
