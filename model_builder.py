@@ -19,6 +19,7 @@ from sft.attention import BackEnd, Documents, KeyValueCache, causal_attention
 from sft.errors import UserError
 from sft.linear import Linear
 from sft.pretrained import open_pretrained
+from sft.rms_norm import rms_norm
 from sft.rotary import Rotary, rotary_tables, rotate
 
 # Shapes: B rows, T tokens, V vocabulary, D width, H query heads, G key heads, C head size.
@@ -338,8 +339,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def chosen(x: Tensor, places: Tensor | None) -> Tensor:
