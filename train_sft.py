@@ -28,7 +28,7 @@ from sft.evaluation import Validation
 from sft.journal import Journal
 from sft.loss import Loss, LossKernel, choose_loss
 from sft.optim import Schedule, learning_rate_at, make_optimizer
-from sft.packing import RowStream
+from sft.packing import PACKING_VERSION, RowStream
 from sft.progress import Totals
 from sft.recompute import ActivationCheckpointing
 from sft.run import Run
@@ -200,7 +200,7 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
     except BaseException as error:
         if out_of_memory.lacked(error):
             run.close("failed: out of memory")
-            raise out_of_memory.explained(error, world.device, work, loader) from error
+            raise out_of_memory.explained(error, world.device, work, loader, fixed=settings.rows_per_step) from error
         run.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}: {error}")
         raise
     run.close("finished")
@@ -368,6 +368,7 @@ def build_run(
             "config": to_dict(settings),
             "config_origins": resolved.origins,
             "data_fingerprint": data.fingerprint,
+            "packing_version": PACKING_VERSION,
             "tokenizer_fingerprint": data.meta["tokenizer_fingerprint"],
         },
         wrap=partial(world.wrap, bucket_mb=settings.ddp_bucket_mb, compression=settings.gradient_compression),

@@ -146,7 +146,7 @@ def causal_attention(
         return attention_under_a_mask(q, k, v, documents.mask, dropout=dropout)
     if way == "one by one":
         return attention_one_by_one(q, k, v, documents.spans.lengths, dropout=dropout)
-    if way == "flex":
+    if way == "flex" and not attention_backends.is_without_content(q):
         return attention_backends.flex(q, k, v, documents.block_mask)
     B, H, T, C = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (N, heads, C): no document crosses rows

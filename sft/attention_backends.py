@@ -22,9 +22,14 @@ FLEX_BLOCK = 128  # tokens; FlexAttention leaves out whole blocks of scores
 
 def attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, extent: Tensor, rows: int, kernel: str) -> Tensor:
     """Causal attention within documents, (N, H, C), of what forward_pass describes; with gradients."""
-    if torch.compiler.is_compiling() or type(q) is not Tensor:  # a fake tensor, whose memory alone is of interest
+    if torch.compiler.is_compiling() or is_without_content(q):
         return document_attention(q, k, v, offsets, extent, rows, kernel)[0]
     return DocumentAttention.apply(q, k, v, offsets, extent, rows, kernel)
+
+
+def is_without_content(q: Tensor) -> bool:
+    """Whether q is a fake tensor outside a compiler: memory alone is of interest, and nothing may be launched."""
+    return type(q) is not Tensor and not torch.compiler.is_compiling()
 
 
 def forward_pass(

@@ -56,7 +56,7 @@ def rehearse(
         *data_lines(epoch, run, steps_left, loader),
         *disk_lines(settings, work.model, steps_left),
         f"work      {step_flops / 1e12:.3g} TFLOP a step on all ranks, {steps_left * step_flops / 1e12:.3g} in all",
-        *time_lines(time, steps_left, loader),
+        *time_lines(time, steps_left, tokens=run.tokens / max(1, steps_left)),
         "dry run   nothing was written and nothing was trained",
     ]
     for line in lines:
@@ -128,7 +128,7 @@ def remedy(found: Mapping[Recomputing, Estimate], at_hand: int) -> str:
     kept = sum(parts.get(part, 0) for part in ("parameters", "optimizer moments"))
     if kept > HEADROOM * at_hand:
         return "its parameters and the optimizer's moments alone are too large; train a smaller model"
-    return "set activation_checkpointing=full and lower batch_size, then block_size"
+    return "set activation_checkpointing=full and lower batch_size for more micro-steps, then block_size"
 
 
 def data_lines(epoch: Counts, run: Counts, steps: int, loader: TrainLoader) -> Iterator[str]:
@@ -169,11 +169,11 @@ def checkpoint_bytes(model: Any) -> int:
     return size + tensors * CHECKPOINT_TENSOR_BYTES
 
 
-def time_lines(time: StepTime, steps: int, loader: TrainLoader) -> Iterator[str]:
+def time_lines(time: StepTime, steps: int, *, tokens: float) -> Iterator[str]:
+    """The time of a step and of all; `tokens` are those of a step, without padding."""
     if time.problem is not None:
         yield f"time      not measured: {time.problem}"
         return
-    tokens = loader.rows_per_step * loader.stream.block_size
     yield (
         f"time      {duration(time.seconds)} a step, {duration(time.seconds * steps)} in all, estimated from "
         f"{time.measured}; {tokens / time.seconds:,.0f} tokens/s"

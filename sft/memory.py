@@ -103,6 +103,7 @@ def _play(work: Workload, recomputing: Recomputing) -> Ledger:
     work.batch.documents.prepare(  # reads numbers, which fake tensors do not have
         model.attention, dropout=model.config.attention_dropout_rate, compiled=model.compiled
     )
+    _ = work.batch.documents.spans  # which stand for flex's block mask, too
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger(device) as ledger:
         with ledger.making("parameters"):
             give_memory(model, device)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Row = NDArray[np.int64]  # the samples of one row, by index
 DIGIT = 16  # bits: numpy sorts 16-bit numbers by radix, stably and many times faster than longer ones
 FULL_ENOUGH = 0.9995  # of a row: what best fit leaves where it fills so much is not worth another plan
+PACKING_VERSION = 2  # raised with every change of which samples share a row: a resumed run would see other rows
 FIRST_CIRCLE = 2**63  # random keys from here on draw the circles of the sources; those below draw epochs
 
 

@@ -1,4 +1,6 @@
-"""What a block's backward pass computes again, so that less of the forward pass is kept: no bit of a gradient changes.
+"""What a block's backward pass computes again, so that less of the forward pass is kept.
+
+No bit of a gradient changes on a CPU; on a GPU none as far as its kernels repeat themselves.
 
 selective keeps what matrix products and attention gave, and repeats the cheap rest: norms, rotary positions, SiLU,
 multiplications, casts. full keeps a block's input alone, and repeats everything up to the last result needed. Where

@@ -14,6 +14,7 @@ from sft import ledger
 from sft.arrays import PreparedData, open_prepared
 from sft.checkpoint import newest_checkpoint, numbered_checkpoints, read_checkpoint, remove_partial_files
 from sft.errors import UserError, listed
+from sft.packing import PACKING_VERSION
 from sft.pretrained import checkpoint_file, is_hugging_face_folder
 from sft.tokenizer import load_tokenizer
 
@@ -102,6 +103,12 @@ def read_saved_state(path: Path, data: PreparedData, *, fixed: Mapping[str, Any]
     if odd := [key for key in ("optimizer", "config", "progress") if not isinstance(saved[key], dict)]:
         raise UserError(f"{path}: its {', '.join(odd)} cannot be understood; use an earlier checkpoint")
     problems = []
+    packing = saved.get("packing_version", 1)  # checkpoints of the first one do not tell
+    if packing != PACKING_VERSION:
+        problems.append(
+            f"its rows were packed by version {packing} of the packing, this program has version {PACKING_VERSION}; "
+            f"go on with the program that wrote it, or start from it with --checkpoint_path={path}"
+        )
     if saved["data_fingerprint"] != data.fingerprint:
         problems.append(f"sft_data_dir: {data.folder} holds other data than the run was started with")
     for name, value in fixed.items():

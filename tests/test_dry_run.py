@@ -51,6 +51,15 @@ def test_steps_and_tokens_are_those_of_the_run_that_follows(arguments, tmp_path,
     assert run == [len(log["training_iterations"]), totals(log, "tokens"), totals(log, "trained_tokens")]
 
 
+def test_tokens_per_second_count_no_padding(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "measure_step", lambda *_, **__: dry_run.StepTime(0.5, "nothing"))
+    printed = told(capsys, arguments(max_iters=4, block_size=100))
+    (tokens,) = numbers(r"^run       4 steps, ([\d,]+) tokens", printed)
+    (rows,) = numbers(r"of them trained, in ([\d,]+) rows$", printed)
+    assert tokens < 100 * rows
+    assert numbers(r"nothing; ([\d,]+) tokens/s", printed) == [pytest.approx(tokens / 4 / 0.5, abs=0.5)]
+
+
 def test_an_epoch_has_the_tokens_of_the_prepared_data(arguments, prepared, capsys):
     meta = json.loads((prepared / "meta.json").read_text())["ledger"]["splits"]["train"]
     printed = told(capsys, arguments())
@@ -177,11 +186,14 @@ def test_memory_is_within_a_tenth_of_what_the_run_takes_and_the_time_not_far_off
 
 @gpu_test
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_memory_on_a_gpu_is_within_a_tenth(long_rows, tmp_path, mode, compiled):
+@pytest.mark.parametrize(
+    ("compiled", "dtype"), [(False, "bfloat16"), (True, "bfloat16"), (False, "float32"), (True, "float32")]
+)
+def test_memory_on_a_gpu_is_within_a_tenth(long_rows, tmp_path, mode, compiled, dtype):
     shape = {**LARGE, "n_embd": 896}
     options = {"sft_data_dir": long_rows, "out_dir": tmp_path / "out", "model": shape, "batch_size": 8}
     options |= {"max_iters": 3, "eval_interval": "none", "log_interval": 1, "device": "cuda", "compile": compiled}
+    options["dtype"] = dtype
     command = [sys.executable, str(ROOT / "train_sft.py"), *(f"--{name}={value}" for name, value in options.items())]
     command += [f"--activation_checkpointing={mode}"]
     dry, _ = (

@@ -4,10 +4,12 @@ import gc
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import train_sft
-from sft import memory
+from sft import attention_backends, memory
+from sft.attention import Documents, causal_attention
 from sft.batches import make_batch
 from sft.loss import Loss
 from sft.memory import Estimate, Workload, choose, described, estimate, settle
@@ -59,7 +61,7 @@ def test_another_tracker_counts_the_same_peak_of_a_real_forward_and_backward(mod
 def test_less_is_kept_the_more_is_recomputed_and_dropout_keeps_more():
     totals = [tensors(estimate(workload(), mode)) for mode in LEAST_FIRST]
     assert totals == sorted(totals, reverse=True)
-    assert totals[0] > 1.5 * totals[1]
+    assert totals[0] > 1.3 * totals[1]
     assert totals[1] > 1.2 * totals[2]
     assert tensors(estimate(workload(dropout=0.1), "none")) > totals[0]
 
@@ -97,6 +99,28 @@ def test_a_large_model_is_estimated_without_its_memory():
         "full",
     )
     assert found.parts["parameters"] == sum(4 * parameter.numel() for parameter in model.parameters()) > 30e9
+
+
+@pytest.mark.parametrize("mode", LEAST_FIRST)
+def test_the_back_end_flex_needs_as_much_as_the_other_kernels_that_keep_no_scores(mode):
+    found = []
+    for back_end in ("flex", "varlen"):
+        work = workload()
+        work.model.set_attention(back_end)
+        found.append(estimate(work, mode))
+    assert tensors(found[0]) == tensors(found[1])
+
+
+@pytest.mark.parametrize("back_end", ["varlen", "varlen_whole_rows", "flex"])
+def test_no_kernel_is_launched_on_tensors_without_content(back_end, monkeypatch):
+    monkeypatch.setattr(attention_backends, "_compiled_flex_attention", lambda: pytest.fail("launched"))
+    documents = Documents.of_lengths([[100, 28], [128]], block_size=128, place=torch.from_numpy)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.empty(2, 4, 128, 16, device="cuda")
+        k, v = (torch.empty(2, 2, 128, 16, device="cuda") for _ in range(2))
+        mixed = causal_attention(q, k, v, documents=documents, dropout=0.0, back_end=back_end)
+        assert mixed.is_cuda
+        assert mixed.shape == q.shape
 
 
 def sized(total: int) -> Estimate:

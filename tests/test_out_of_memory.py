@@ -1,6 +1,7 @@
 """A lack of memory names the place, the tokens, and settings that would fit."""
 
 import json
+import re
 from unittest import mock
 
 import pytest
@@ -14,6 +15,7 @@ from sft.out_of_memory import Change, as_arguments, changes, lacked
 from sft.run import Run
 from sft.step import SummedLoss
 from tests.devices import gpu_test
+from tests.test_train import run_log
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB"
 CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
@@ -55,11 +57,11 @@ def message(arguments) -> str:
 def test_the_message_names_phase_tokens_and_settings_that_fit(arguments, tmp_path, monkeypatch, error):
     monkeypatch.setattr(SummedLoss, "forward", mock.Mock(side_effect=error))
     sizes(monkeypatch, none=4.0, selective=3.0, full=1.0)
-    assert message(arguments(batch_size=4, eval_interval="none")) == (
+    assert message(arguments(batch_size=4, gradient_accumulation_steps=1, eval_interval="none")) == (
         "cpu is out of memory in the forward pass: a micro-batch has batch_size 4 x block_size 64 = 256 tokens, with "
         "activation_checkpointing=none; a step needs 16.0 GiB by the estimate, and 8.00 GiB are at hand; what would "
-        "fit: --activation_checkpointing=full (4.00 GiB) or --batch_size=2 --activation_checkpointing=full (2.00 GiB) "
-        "or --batch_size=1 (4.00 GiB)"
+        "fit: --activation_checkpointing=full (4.00 GiB) or --batch_size=2 --gradient_accumulation_steps=2 "
+        "--activation_checkpointing=full (2.00 GiB) or --batch_size=1 --gradient_accumulation_steps=4 (4.00 GiB)"
     )
     (log,) = (tmp_path / "out").glob("run_*.json")
     assert json.loads(log.read_text())["status"] == "failed: out of memory"
@@ -76,7 +78,7 @@ def test_where_nothing_would_fit_it_is_said(arguments, monkeypatch):
 def test_an_estimate_that_fails_leaves_the_message(arguments, monkeypatch):
     monkeypatch.setattr(Run, "save", mock.Mock(side_effect=cuda_error()))
     monkeypatch.setattr(out_of_memory, "estimate", mock.Mock(side_effect=ZeroDivisionError))
-    assert message(arguments()).endswith("; lower batch_size, set activation_checkpointing=full, or lower block_size")
+    assert message(arguments()).endswith("lower batch_size for more micro-steps, or lower block_size")
 
 
 def test_a_model_that_does_not_fit_is_told_before_there_is_a_run(arguments, monkeypatch):
@@ -88,10 +90,52 @@ def test_changes_come_the_least_costly_first_and_hold_the_longest_sample():
     now = Change(batch_size=2, recomputing="selective", block_size=1024)
     assert [as_arguments(now, change) for change in changes(now, longest=400)] == [
         "--activation_checkpointing=full",
-        "--batch_size=1",
-        "--batch_size=1 --activation_checkpointing=full",
-        "--batch_size=1 --activation_checkpointing=full --block_size=512",
+        "--batch_size=1 --gradient_accumulation_steps=2",
+        "--batch_size=1 --gradient_accumulation_steps=2 --activation_checkpointing=full",
+        "--batch_size=1 --gradient_accumulation_steps=4 --activation_checkpointing=full --block_size=512",
     ]
+
+
+@pytest.mark.parametrize(("batch_size", "micro_steps"), [(4, 1), (5, 3), (6, 2), (7, 1)])
+def test_what_is_advised_leaves_a_step_its_tokens(batch_size, micro_steps):
+    now = Change(batch_size, "none", block_size=256, micro_steps=micro_steps)
+    advised = list(changes(now, longest=100))
+    assert {change.batch_size * change.micro_steps * change.block_size for change in advised} == {
+        batch_size * micro_steps * 256
+    }
+    assert min(change.batch_size for change in advised) == 1
+
+
+def test_rows_per_step_is_left_alone_where_it_is_set_unless_rows_are_shorter():
+    now = Change(batch_size=4, recomputing="full", block_size=1024, micro_steps=2)
+    assert [as_arguments(now, change, 16) for change in changes(now, longest=400)] == [  # on two ranks
+        "--batch_size=2",
+        "--batch_size=1",
+        "--batch_size=1 --rows_per_step=32 --block_size=512",
+    ]
+
+
+def test_what_is_advised_is_the_same_run_of_the_same_rows(arguments, tmp_path, monkeypatch):
+    options = {"batch_size": 4, "max_iters": 2, "gradient_accumulation_steps": 1}
+    train_sft.main(arguments(**options, out_dir=tmp_path / "roomy"))
+    with monkeypatch.context() as patch:
+        patch.setattr(SummedLoss, "forward", mock.Mock(side_effect=cuda_error()))
+        sizes(patch, none=3.0, selective=3.0, full=3.0)
+        (advised,) = re.findall(r"what would fit: (--.*?) \(", message(arguments(**options)))
+    train_sft.main([*arguments(**options, out_dir=tmp_path / "tight"), *advised.split()])
+    roomy, tight = (run_log(tmp_path / name)["training_iterations"] for name in ("roomy", "tight"))
+    assert [record["tokens"] for record in tight] == [record["tokens"] for record in roomy]
+    assert [record["loss"] for record in tight] == pytest.approx([record["loss"] for record in roomy], rel=1e-4)
+
+
+def test_the_estimate_of_more_micro_steps_holds_the_gradients_of_the_one_before(arguments, monkeypatch):
+    seen = []
+    monkeypatch.setattr(SummedLoss, "forward", mock.Mock(side_effect=cuda_error()))
+    sizes(monkeypatch, none=3.0, selective=3.0, full=3.0)
+    known = out_of_memory.estimate
+    monkeypatch.setattr(out_of_memory, "estimate", lambda work, mode: seen.append(work) or known(work, mode))
+    message(arguments(batch_size=4, gradient_accumulation_steps=1))
+    assert {(len(work.batch.input_ids), work.micro_steps) for work in seen} == {(4, 1), (2, 2), (1, 4)}
 
 
 @gpu_test

@@ -1,11 +1,14 @@
 """Recomputing changes what is kept, and no bit of what comes out."""
 
+import gc
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 from sft.batches import make_batch
+from sft.memory import Ledger
 from sft.recompute import LEAST_FIRST, Recomputing
 from sft.step import SummedLoss
 from tests.conftest import ROOT
@@ -40,29 +43,22 @@ def test_recomputing_changes_no_bit_of_the_gradients(dropout, backend):
             assert torch.equal(got, exact), mode
 
 
-def kept_bytes(mode: Recomputing, *, backend: str | None = None) -> int:
-    """What autograd keeps of a forward pass beside the parameters."""
-    torch._dynamo.reset()
+def kept_bytes(mode: Recomputing) -> int:
+    """What is alive after a forward pass beside the parameters: what autograd and checkpoints keep for the backward."""
     model = tiny_model().train()
     model.activation_checkpointing = mode
-    if backend is not None:
-        model.compile_blocks(backend=backend)
     batch = make_batch(DOCUMENTS, block_size=64, pad_id=0)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.hidden_states(batch.input_ids, batch.positions, batch.documents)
-    return sum(storage.nbytes() for place, storage in kept.items() if place not in parameters)
+    with Ledger(torch.device("cpu")) as ledger:
+        result = model.hidden_states(batch.input_ids, batch.positions, batch.documents)
+    gc.collect()
+    assert result.requires_grad
+    return sum(ledger.alive.values())
 
 
 def test_each_mode_keeps_less_than_the_one_before():
-    none, full = kept_bytes("none"), kept_bytes("full")
-    assert full < none / 3
+    kept = [kept_bytes(mode) for mode in LEAST_FIRST]
+    assert all(after < 0.7 * before for before, after in itertools.pairwise(kept)), kept
+    assert kept[-1] < kept[0] / 3
 
 
 def test_two_processes_recompute_the_same_gradients(tmp_path: Path):

@@ -10,8 +10,9 @@ import torch
 import train_sft
 from model_builder import load_pretrained
 from sft.arrays import PreparedData, open_prepared
+from sft.checkpoint import newest_checkpoint
 from sft.errors import UserError
-from sft.packing import RowStream
+from sft.packing import PACKING_VERSION, RowStream
 from sft.samples import NOT_TRAINED
 from sft.startup import open_training_data
 from tests.test_train import losses, run_log
@@ -101,6 +102,18 @@ def test_a_resume_with_other_weights_of_the_sources_is_refused(data, arguments):
     change_meta(data, with_weight(0.5))
     with pytest.raises(UserError, match=r"sft_data_dir: .* holds other data than the run was started with"):
         train_sft.main(arguments(sft_data_dir=data, resume="required"))
+
+
+@pytest.mark.parametrize(("kept", "told"), [(None, 1), (1, 1), (PACKING_VERSION + 1, PACKING_VERSION + 1)])
+def test_a_resume_across_a_change_of_the_packing_is_refused(arguments, tmp_path, kept, told):
+    train_sft.main(arguments(max_iters=2))
+    path = newest_checkpoint(tmp_path / "out", warn=print)
+    saved = torch.load(path, weights_only=True)
+    assert saved["packing_version"] == PACKING_VERSION == 2
+    del saved["packing_version"]
+    torch.save(saved if kept is None else {**saved, "packing_version": kept}, path)
+    with pytest.raises(UserError, match=f"packed by version {told} of the packing, this program has version 2"):
+        train_sft.main(arguments(max_iters=4, resume="required"))
 
 
 def test_only_weights_other_than_one_change_the_fingerprint(prepared):
