@@ -39,7 +39,7 @@ lint: setup ## ruff and mypy
 
 # A GPU machine comes with its own CUDA build of torch, and not with every library of the tests: no .venv, and only the
 # files that hold GPU tests. The benchmarks come first, since their results are worth more, and have the GPU for
-# themselves; then the tests, those of the kernels first, in four processes where pytest-xdist is there. Each has a limit in
+# themselves; then the tests, those of attention first, then the kernels', in four processes where pytest-xdist is there. Each has a limit in
 # seconds, together less than eight minutes: the benchmarks end by themselves (their minutes, and time for start, clocks and
 # the last turn), the tests are estimated at two minutes in four processes, five in one. What hangs is stopped, and what one
 # has written stays, whatever becomes of the others.
@@ -53,6 +53,7 @@ gpu: ## the benchmarks of the step and of the loss, then the GPU tests, with the
 	mkdir -p $(OUT)
 	@status=0; set -o pipefail; export PYTHONUNBUFFERED=1 PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"; \
 	files=$$(grep -lE 'mark\.gpu|tests\.devices' tests/test_*.py | sort -r); \
+	files="$$(grep attention <<<"$$files") $$(grep -v attention <<<"$$files")"; \
 	processes=$$($(PYTHON) -c 'import xdist' >/dev/null 2>&1 && echo '-n 4'); set -x; \
 	timeout -k 10 $(STEP_SECONDS) $(PYTHON) bench/step.py --device=cuda --minutes=$(STEP_MINUTES) --out_dir=$(OUT) 2>&1 \
 		| tee $(OUT)/step.txt || status=1; \

@@ -27,7 +27,7 @@ import torch
 from bench.loss import machine, short_name, write_json
 from bench.loss_goals import MEASURED
 from bench.loss_measure import clocks, reason
-from bench.step_extra import measured_apart, peers_versions
+from bench.step_extra import measured_apart, native_bf16, peers_versions
 from bench.step_goals import goal_lines, judge
 from bench.step_inputs import make_samples, save_samples
 from bench.step_measure import GRIDS, TaskRun, measured_task
@@ -56,7 +56,7 @@ class StepBenchmark:
     steps: int | None = None  # of a turn; None = 1 on a CPU, 3 on a GPU
     shares: bool | None = None  # one process per provider for all of its options; None = on a GPU
     rounds: int = 6  # at most
-    minutes: float = 3.0  # for everything but what is measured apart; a CPU needs 9
+    minutes: float = 3.0  # for everything but what is measured apart; a CPU needs 12
     turn_seconds: float = 90.0  # a turn that takes longer has failed
     apart: bool = True  # also measure start-up and DDP, on a CPU
     out_dir: str = "bench/results"  # where step_<device>.json goes, whole after each task
@@ -133,7 +133,9 @@ def run_all(settings: StepBenchmark, report: dict[str, Any], out: Path, end: flo
                     row["mfu"] = row["flops_per_second"] / peak if peak and row["status"] == MEASURED else None
                 result["seconds"] = time.monotonic() - begin
                 report["tasks"].append(result)
-                report["goals"] = judge(settings.device, report["tasks"], report["apart"])
+                report["goals"] = judge(
+                    settings.device, report["tasks"], report["apart"], native_bf16=report["native_bf16"]
+                )
                 write_json(out, report)
                 print("\n".join(table_lines(result)), flush=True)
     finally:
@@ -152,6 +154,7 @@ def main(argv: list[str]) -> None:
         "peers_versions": peers_versions(settings.peers_python),
         "settings": asdict(settings),
         "grids": {name: list(grid) for name, grid in GRIDS[settings.device].items()},
+        "native_bf16": native_bf16(),
         "clocks_before": clocks(device),
         "tasks": [],
         "apart": {},

@@ -70,6 +70,7 @@ GOALS: Mapping[str, Sequence[Goal]] = {
 EXTRA_GOALS = (
     ExtraGoal("start of train_sft.py to its first step, demo's model", "first_step_seconds", 5.0, at_most=True),
     ExtraGoal("DDP around a single rank, share of a step", "ddp_overhead", 0.01, at_most=True),
+    ExtraGoal("waiting for the loader and the log, share of a step", "stall_share", 0.005, at_most=True),
     ExtraGoal("two ranks over twice one rank, one thread each", "two_rank_efficiency", 0.9, at_most=False),
 )
 
@@ -92,6 +93,12 @@ def reached(goal: Goal, result: Mapping[str, Any]) -> float:
         if agrees is None:
             raise KeyError(f"the losses of {goal.provider} were not compared")
         return float(agrees)
+    if goal.measure == SPEED:
+        for name in (goal.provider, goal.against):
+            agrees = name == OURS or result["agreement"]["agree"].get(name)
+            if not agrees and providers.get(name, {}).get("status") == MEASURED:
+                why = "were not compared with ours" if agrees is None else "do not agree with ours"
+                raise KeyError(f"the losses of {name} {why}")
     if goal.against is not None:
         return ratio(providers, goal.provider, goal.against, of=FIELDS[goal.measure])
     row = providers[goal.provider]
@@ -104,7 +111,32 @@ def reached(goal: Goal, result: Mapping[str, Any]) -> float:
     return row["mfu"]
 
 
-def judge(device: str, results: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[dict[str, Any]]:
+def untried(goal: Goal, result: Mapping[str, Any], *, met: bool) -> str | None:
+    """Who may have a better option that was not tried, where that could change the judgement."""
+    if goal.measure == AGREES:
+        return None
+    speed_is_met = met and goal.measure not in AT_MOST  # with a better option it is met all the more
+    asked = [name for name in (None if speed_is_met else goal.provider, goal.against) if name is not None]
+    told = [f"{name} {'; '.join(left)}" for name in asked if (left := result["providers"][name].get("untried"))]
+    return f"not tried for lack of time: {', '.join(told)}" if told else None
+
+
+def over_packing(goal: Goal, result: Mapping[str, Any]) -> dict[str, float]:
+    """Our peak memory over that of TRL's quickest packing option, where TRL is quicker without packing."""
+    if goal.measure not in AT_MOST or goal.against != TRL:
+        return {}
+    ours, trl = (result["providers"][name] for name in (goal.provider, TRL))
+    options = {name: told for name, told in trl["options"].items() if "packing=True" in name and isinstance(told, dict)}
+    if not options:
+        return {}
+    told = max(options.values(), key=lambda told: told["tokens_per_second"])
+    imports = told["resident_bytes"] if goal.measure == MEMORY_BEYOND else 0
+    return {"reached_against_packing": ours[FIELDS[goal.measure]] / (told["peak_bytes"] - imports)}
+
+
+def judge(
+    device: str, results: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], *, native_bf16: bool = True
+) -> list[dict[str, Any]]:
     """Every goal of a device; `met` is None where this run cannot tell, with the reason."""
     judged = []
     for goal in GOALS[device]:
@@ -114,7 +146,13 @@ def judge(device: str, results: Sequence[Mapping[str, Any]], extra: Mapping[str,
             if not fitting:
                 raise KeyError("not in this run")
             row["reached"] = reached(goal, fitting[0])
-            row["met"] = meets(row["reached"], goal.limit, at_most=goal.measure in AT_MOST)
+            met = meets(row["reached"], goal.limit, at_most=goal.measure in AT_MOST)
+            row |= over_packing(goal, fitting[0])
+            if goal.provider == OURS_BF16 and goal.measure == SPEED and device == "cpu" and not native_bf16:
+                raise KeyError("this CPU has no instructions for bf16")
+            if why := untried(goal, fitting[0], met=met):
+                raise KeyError(why)
+            row["met"] = met
         except KeyError as error:
             row["why"] = error.args[0]
         judged.append(row)
@@ -141,6 +179,9 @@ def goal_lines(goals: Sequence[Mapping[str, Any]]) -> list[str]:
     def number(row: Mapping[str, Any]) -> str:
         if row["reached"] is None:
             return row["why"]
-        return f"{row['reached']:,.0f}" if row["reached"] >= 100 else f"{row['reached']:.3f}"
+        reached = f"{row['reached']:,.0f}" if row["reached"] >= 100 else f"{row['reached']:.3f}"
+        packing = row.get("reached_against_packing")
+        against = "" if packing is None else f" ({packing:.3f} of its packing)"
+        return f"{reached}{against}{', but ' + row['why'] if row['met'] is None else ''}"
 
     return [f"  {words[row['met']]:<8} {row['goal']}: {number(row)}" for row in goals]

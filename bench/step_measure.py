@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
 import time
@@ -21,10 +22,12 @@ from model_config import forward_flops
 from sft.arrays import Samples
 
 Option = Mapping[str, Any]
-GRID_SHARE = 0.55  # of a task's time: options that are not begun by then are not tried, save everyone's first
+GRID_SHARE = 0.65  # of a task's time: options that are not begun by then are not tried, save everyone's first
 ROUNDS_SHARE = 0.85  # of a task's time: rounds that would not end by then are not begun; then losses are compared
 ROUNDS_AT_LEAST = 2
-PLANNED_STEPS, PLANNED_DOCUMENTS = 12, 2  # of the comparison of loss curves
+SLOW_STEP = 10.0  # seconds of a CPU's first step that tell enough of an option without another step
+NOT_TRIED = "not tried: out of time"
+PLANNED_STEPS, PLANNED_DOCUMENTS = 10, 2  # of the comparison of loss curves
 TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}  # of a loss, relative
 
 
@@ -99,23 +102,28 @@ def try_option(run: TaskRun, entry: Entry, option: Option, *, in_time: bool) -> 
     """Measure an option; the best so far keeps its session."""
     name = option_name(dict(option))
     if not in_time:
-        entry.told[name] = "not tried: out of time"
+        entry.told[name] = NOT_TRIED
         return
     session = run.workers.session(entry.name, run.command(option))
+    compiles = run.workers.device != "cpu" or option.get("compile")  # in the first step
     try:
-        turn = session.turn(run.steps, run.patience)
+        turn = session.turn(run.steps, run.patience, slow=math.inf if compiles else SLOW_STEP)
     except ProviderFailed as error:
         entry.told[name] = str(error)
         run.workers.leave(session)
         return
-    entry.told[name] = {"tokens_per_second": speed(turn), "peak_bytes": turn["peak_bytes"]}
+    ready = session.worker.ready or {}
+    entry.told[name] = {
+        "tokens_per_second": speed(turn),
+        "peak_bytes": turn["peak_bytes"],
+        "resident_bytes": ready["resident_bytes"],
+    }
     if speed(turn) <= entry.best:
         run.workers.leave(session)
         return
     if entry.session is not None:
         run.workers.leave(entry.session)
     entry.session, entry.option, entry.best, entry.turns = session, option, speed(turn), [turn]
-    ready = session.worker.ready or {}
     entry.first = {**session.first, **ready, "import_seconds": ready["at"] - session.worker.started}
 
 
@@ -149,7 +157,8 @@ def planned_losses(run: TaskRun, entry: Entry) -> list[float] | None:
     documents = min(PLANNED_DOCUMENTS, max(1, run.task.tokens_per_step // int(run.samples.lengths.max())))
     numbers = itertools.cycle(range(len(run.samples)))
     plan = [[next(numbers) for _ in range(documents)] for _ in range(PLANNED_STEPS)]
-    option = {**entry.option, "compile": False}
+    ours = entry.name in (OURS, OURS_BF16)
+    option = entry.option if ours else {**entry.option, "compile": False}
     try:
         run.workers.resume(entry.name, entry.session)
         entry.session.stop()
@@ -186,7 +195,8 @@ def flops_per_token(task: Task, samples: Samples) -> float:
 
 def row_of(entry: Entry, flops: float, *, shares: bool) -> dict[str, Any]:
     """What is told of a provider."""
-    told: dict[str, Any] = {"options": entry.told}
+    untried = [name for name, why in entry.told.items() if why == NOT_TRIED]
+    told: dict[str, Any] = {"options": entry.told, "untried": untried}
     if entry.session is None or entry.failed is not None or not entry.turns:
         reasons = [why for why in entry.told.values() if isinstance(why, str)]
         return {"status": "failed", "reason": entry.failed or "; ".join(dict.fromkeys(reasons)), **told}
@@ -200,6 +210,7 @@ def row_of(entry: Entry, flops: float, *, shares: bool) -> dict[str, Any]:
         "rounds": speeds,
         "spread": (max(speeds) - min(speeds)) / statistics.median(speeds),
         "processor_seconds_per_million_tokens": min(1e6 * t["processor_seconds"] / t["tokens"] for t in entry.turns),
+        "tokens_per_update": sum(turn["tokens"] for turn in entry.turns) / sum(turn["steps"] for turn in entry.turns),
         "steps_per_round": entry.turns[0]["steps"],
         "flops_per_second": statistics.median(speeds) * flops,
         "peak_bytes": peak,
@@ -226,17 +237,16 @@ def ratio(providers: Mapping[str, Any], one: str, other: str, *, of: str) -> flo
 
 
 CPU_GRIDS: dict[str, Sequence[Option]] = {
-    OURS: ({"rows": 1}, {"rows": 1, "row": 1024}, {"rows": 2}),
-    OURS_BF16: ({"rows": 1}, {"rows": 1, "row": 1024}, {"rows": 2}),
+    OURS: ({"rows": 1}, {"rows": 1, "row": 1024}),
+    OURS_BF16: ({"rows": 1}, {"rows": 1, "row": 1024}),
     TRL: (
         {"packing": True, "batch": 1},
-        {"packing": False, "batch": 4},
+        {"packing": True, "batch": 1, "row": 1024},
         {"packing": False, "batch": 2},
-        {"packing": False, "batch": 8},
     ),
-    PADDED: ({"batch": 4}, {"batch": 8}, {"batch": 2}),
-    GROUPED: ({"batch": 4}, {"batch": 8}),
-    PLAIN: ({"block": 512, "batch": 1}, {"block": 256, "batch": 4}, {"block": 1024, "batch": 1}),
+    PADDED: ({"batch": 4}, {"batch": 2}),
+    GROUPED: ({"batch": 4},),
+    PLAIN: ({"block": 512, "batch": 1}, {"block": 256, "batch": 4}),
 }
 GPU_GRIDS: dict[str, Sequence[Option]] = {
     OURS: (

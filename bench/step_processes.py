@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import subprocess
@@ -117,14 +118,17 @@ class Session:
         self.is_open = False
         self.first: dict[str, Any] = {}  # what its very first step told
 
-    def turn(self, steps: int, seconds: float) -> dict[str, Any]:
-        """So many steps. A session that has to be opened takes one before them, which is not counted."""
+    def turn(self, steps: int, seconds: float, *, slow: float = math.inf) -> dict[str, Any]:
+        """So many steps. A session that has to be opened takes one before them, which is not counted, save where it
+        takes longer than `slow` seconds: then that is the turn."""
         end = time.monotonic() + seconds
         try:
             if not self.is_open:
                 opened = self.worker.ask({"do": "train", **self.train, "steps": 1}, seconds)
                 self.is_open = True
                 self.first = self.first or opened
+                if opened["first_step_seconds"] > slow:
+                    return {**opened, "seconds": opened["first_step_seconds"]}
             return self.worker.ask({"do": "steps", "steps": steps}, end - time.monotonic())
         except ProviderFailed:
             self.is_open = False

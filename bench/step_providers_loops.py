@@ -148,6 +148,7 @@ def train(work: Work, gate: Gate) -> None:
     optimizer = make_optimizer(model, work)
     loss_of = plain_loss if work.provider == PLAIN else padded_loss
     narrow = work.autocast_dtype
+    gate.training_starts()
     for micros in steps_of(work):
         trained = sum(micro.trained for micro in micros)
         total = torch.zeros((), device=work.device)

@@ -1,4 +1,9 @@
-"""This project's trainer in bench/step.py: its model, packing, loader, loss and step, as train_sft.py joins them."""
+"""This project's trainer in bench/step.py: its model, packing, loader, loss and step, as train_sft.py joins them.
+
+Left out is what train_sft.py adds around a step: counting progress (Progress, Totals), the log and its report,
+validation, checkpoints, tracing and signals. What logging and the loader cost there is measured apart, as the
+share of a step that train_sft.py itself tells (bench/step_extra.py).
+"""
 
 from __future__ import annotations
 
@@ -63,12 +68,15 @@ def make_loader(work: Work) -> TrainLoader:
 
 
 def planned_batches(work: Work) -> Iterator[WeighedBatch]:
-    """The conversations of each planned step, packed into as few rows as hold them."""
+    """The conversations of each planned step, packed into as few rows as hold them; compiled, into as many as ever."""
     assert work.plan is not None
+    row = work.option.get("row", work.task.row)
+    least = min(work.option["rows"], work.task.tokens_per_step // row) if work.option.get("compile") else 1
     for numbers in work.plan:
-        rows = pack(work.samples.lengths[numbers], work.task.row)
-        documents = [[Document(*document(work.samples, numbers[i])) for i in row.tolist()] for row in rows]
-        batch = make_batch(documents, block_size=work.task.row, pad_id=PAD, device=work.device)
+        rows = pack(work.samples.lengths[numbers], row)
+        documents = [[Document(*document(work.samples, numbers[i])) for i in places.tolist()] for places in rows]
+        documents += [[] for _ in range(least - len(rows))]
+        batch = make_batch(documents, block_size=row, pad_id=PAD, device=work.device)
         yield WeighedBatch(batch, float(work.samples.targets[numbers].sum()))
 
 
@@ -89,6 +97,7 @@ def train(work: Work, gate: Gate) -> None:
     ahead, collector = Ahead(batches, device=work.device), QuietCollector()
     collector.start()
     keep_freed_memory()
+    gate.training_starts()
     try:
         while (first := next(ahead, None)) is not None:
             counts = [0, 0]

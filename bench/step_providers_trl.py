@@ -90,16 +90,17 @@ def make_dataset(work: Work) -> Any:
 def settings_of(work: Work) -> dict[str, Any]:
     """SFTConfig's arguments for the option."""
     packing = work.plan is None and work.option["packing"]
+    row = work.option.get("row", work.task.row)
     if work.plan is not None:
         batch, per_step = len(work.plan[0]), len(work.plan[0])
     else:
-        per_step = work.task.rows_per_step if packing else work.documents_per_step
+        per_step = work.task.tokens_per_step // row if packing else work.documents_per_step
         batch = min(work.option["batch"], per_step)
     return {
         "packing": packing,
         "packing_strategy": "bfd",
         "padding_free": True,
-        "max_length": work.task.row if packing else None,
+        "max_length": row if packing else None,
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": per_step // batch,
         "train_sampling_strategy": "random" if work.plan is None else "sequential",
@@ -149,6 +150,9 @@ def train(work: Work, gate: Gate) -> None:
             return loss
 
     class AtTheGate(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            gate.training_starts()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             step = Step(counts[2], counts[0], counts[1])
             counts[2] = 0.0

@@ -44,7 +44,7 @@ def row_line(name: str, result: Mapping[str, Any]) -> str:
         f"{row['start_to_first_step_seconds']:.1f} s",
         "" if row.get("mfu") is None else f"{row['mfu']:.1%}",
         agrees(name, result["agreement"]),
-        row["option"],
+        row["option"] + (f" (not tried: {'; '.join(row['untried'])})" if row.get("untried") else ""),
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -55,9 +55,9 @@ class Work:
 
     @property
     def documents_per_step(self) -> int:
-        """For those who count conversations: as many as fill a step, or a few more, so that micro-steps divide it."""
+        """For those who count conversations: as many as fill a step, or up to three more: micro-steps divide it."""
         count = max(1, round(self.task.tokens_per_step / float(self.samples.lengths.mean())))
-        return 1 << (count - 1).bit_length() if count < 16 else -(-count // 16) * 16
+        return count if count <= 2 else -(-count // 4) * 4
 
 
 class Step(NamedTuple):
@@ -75,14 +75,22 @@ class Gate:
         self.device, self.wanted, self.say, self.commands = device, steps, say, commands
         self.steps: list[Step] = []
         self.open_seconds: float | None = None  # from here to the end of the first step
-        self.begin = time.perf_counter()
+        self.first_step_seconds: float | None = None  # the same, without making the model and the data
+        self.begin = self.training_begin = time.perf_counter()
         self.processor_begin = time.process_time()
+
+    def training_starts(self) -> None:
+        """Model and data are made: the first step begins."""
+        self.training_begin = time.perf_counter()
 
     def __call__(self, step: Step) -> bool:
         self.steps.append(step)
+        opening_peak = 0
         if self.open_seconds is None:
             synchronise(self.device)
             self.open_seconds = time.perf_counter() - self.begin
+            self.first_step_seconds = time.perf_counter() - self.training_begin
+            opening_peak = peak_bytes(self.device)
             forget_peak(self.device)
         if len(self.steps) < self.wanted:
             return True
@@ -95,8 +103,9 @@ class Gate:
             "tokens": sum(int(step.tokens) for step in self.steps),
             "trained": sum(int(step.trained) for step in self.steps),
             "losses": [float(step.loss) for step in self.steps],
-            "peak_bytes": peak_bytes(self.device),
+            "peak_bytes": max(opening_peak, peak_bytes(self.device)),
             "open_seconds": self.open_seconds,
+            "first_step_seconds": self.first_step_seconds,
         }
         self.steps = []
         if self.device.type == "cuda":

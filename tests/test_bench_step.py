@@ -1,4 +1,4 @@
-"""The benchmark of whole steps: that it runs as on a GPU, that all do the same work, and that its goals are judged."""
+"""The benchmark of whole steps: that it runs as on a GPU, and that all do the same work."""
 
 import io
 import json
@@ -11,15 +11,16 @@ import torch
 from bench import step_measure
 from bench.plot_step import draw
 from bench.step import StepBenchmark, main, resolved
-from bench.step_goals import GOALS, judge
+from bench.step_goals import GOALS
 from bench.step_inputs import DISTRIBUTIONS, drawn, fill_weights, load_samples, make_samples, save_samples
-from bench.step_measure import agreement, flops_per_token, ratio
+from bench.step_measure import agreement, flops_per_token
 from bench.step_plain_model import PlainModel
 from bench.step_processes import ProviderFailed, Session, Worker, Workers
 from bench.step_providers_loops import laid_out, padded_steps, row_steps
 from bench.step_providers_loops import train as train_loop
 from bench.step_providers_ours import make_loader
 from bench.step_providers_ours import train as train_ours
+from bench.step_providers_trl import settings_of
 from bench.step_table import table_lines
 from bench.step_tasks import GROUPED, OURS, OURS_BF16, PADDED, PLAIN, PROVIDERS, SETS, TINY_TASKS, TRL, Task
 from bench.step_worker import Gate, Step, Work
@@ -231,7 +232,7 @@ def test_padding_is_neither_real_nor_trained():
 
 def test_grouping_by_length_pads_less_and_leaves_the_work_as_it_is():
     def filled(provider: str) -> float:
-        work = tiny_work(provider, batch=8)
+        work = tiny_work(provider, batch=4)
         steps = padded_steps(work)
         micros = [micro for _ in range(4) for micro in next(steps)]
         assert sum(len(micro.real) for micro in micros) == 4 * work.documents_per_step
@@ -328,37 +329,32 @@ def test_a_shared_process_that_is_gone_is_started_anew(monkeypatch, tmp_path):
     assert not any(worker.alive for worker in started)
 
 
-def made_up(task: str, **speeds: float) -> dict:
-    names = {"ours": OURS, "bf16": OURS_BF16, "trl": TRL, "padded": PADDED}
-    rows = {
-        names[key]: {"status": "measured", "tokens_per_second": speed, "rounds": [speed] * 3}
-        | dict.fromkeys(("peak_bytes", "peak_bytes_beyond_imports"), 100 / speed)
-        for key, speed in speeds.items()
-    }
-    rows[PLAIN] = {"status": "failed", "reason": "it broke"}
-    return {"task": {"name": task}, "providers": rows, "agreement": {"agree": {OURS_BF16: True}}}
+@pytest.mark.parametrize("task", SETS["cpu"], ids=lambda task: task.name)
+def test_loops_take_as_many_conversations_as_a_step_holds_or_up_to_three_more(task: Task):
+    work = Work(task, PADDED, drawn(task.data, task.samples, task.row, task.config.vocab_size), CPU, {}, None)
+    assert 20 <= work.documents_per_step <= 24
+    for name in (TRL, PADDED, GROUPED):
+        assert all(work.documents_per_step % option["batch"] == 0 for option in step_measure.GRIDS["cpu"][name])
 
 
-def test_goals_are_met_missed_or_unknown():
-    results = [made_up("V 151,936", ours=10.0, trl=2.0, padded=3.0, bf16=15.0)]
-    judged = {row["goal"]: row for row in judge("cpu", results, {"ddp_overhead": 0.02})}
-    told = {goal: row["met"] for goal, row in judged.items()}
-    assert told["V 151,936, ours: >= 3 times the tokens/s of TRL"] is True
-    assert told["V 151,936, ours: >= 4.5 times the tokens/s of padded loop"] is False
-    assert told["V 151,936, ours: <= 0.7 of the peak memory of TRL"] is True
-    assert told["V 151,936, ours, bf16: >= 1.4 times the tokens/s of ours"] is True
-    assert told["V 151,936, ours, bf16: loss curve as ours"] is True
-    assert told["V 8,192, ours: >= 1.7 times the tokens/s of TRL"] is None
-    assert told["DDP around a single rank, share of a step: <= 0.01"] is False
-    assert told["two ranks over twice one rank, one thread each: >= 0.9"] is None
+def test_trl_has_shorter_rows_in_as_large_a_step():
+    whole, halves = (settings_of(tiny_work(TRL, packing=True, batch=1, row=row)) for row in (TINY.row, TINY.row // 2))
+    assert (whole["gradient_accumulation_steps"], halves["gradient_accumulation_steps"]) == (2, 4)
+    assert halves["max_length"] == TINY.row // 2
 
 
-def test_a_ratio_is_the_median_of_rounds_and_names_who_failed():
-    providers = made_up("", ours=1.0, trl=1.0)["providers"]
-    providers[OURS]["rounds"], providers[TRL]["rounds"] = [2.0, 6.0, 3.0], [1.0, 2.0, 3.0]
-    assert ratio(providers, OURS, TRL, of="tokens_per_second") == 2.0
-    with pytest.raises(KeyError, match="nanoGPT-style loop is failed: it broke"):
-        ratio(providers, OURS, PLAIN, of="tokens_per_second")
+@pytest.mark.parametrize(("slow", "asked"), [(10.0, ["train"]), (30.0, ["train", "steps"])])
+def test_a_slow_first_step_is_the_look_at_an_option(slow: float, asked: list[str]):
+    commands: list[str] = []
+
+    class Told:
+        def ask(self, command: dict, seconds: float) -> dict:
+            commands.append(command["do"])
+            return {"seconds": 25.0, "first_step_seconds": 20.0, "tokens": 40}
+
+    turn = Session(Told(), {}).turn(1, 60.0, slow=slow)
+    assert commands == asked
+    assert turn["seconds"] == (20.0 if asked == ["train"] else 25.0)
 
 
 def test_what_cannot_be_run_is_refused():

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from bench import step_extra
-from bench.step_extra import STEP_LINE, first_step, measured_apart, peers_versions, quotients, ranks
+from bench.step_extra import STEP_LINE, first_step, measured_apart, peers_versions, quotients, ranks, stall
 
 TINY = ("tiny", "tiny")
 
@@ -20,6 +20,7 @@ def test_a_part_that_fails_does_not_cost_the_others(monkeypatch):
         raise OSError("no room")
 
     monkeypatch.setattr(step_extra, "first_step", broken)
+    monkeypatch.setattr(step_extra, "stall", lambda *_: {"stall_share": 0.001})
     turns = [{"alone": 2.0, "ranked": 2.5}, {"alone": 2.0, "ranked": 2.1}, {"alone": 2.0, "ranked": 2.2}]
     monkeypatch.setattr(step_extra, "ranks", lambda *_: turns)
     told = measured_apart(threads=1)
@@ -43,6 +44,12 @@ def test_ddp_and_a_process_alone_take_turns(count: int):
     turns = ranks(TINY, count, 2, 1)
     assert len(turns) == 2
     assert all(turn["alone"] > 0 and turn["ranked"] > 0 for turn in turns)
+
+
+@pytest.mark.slow
+def test_the_trainer_tells_what_share_of_its_steps_it_waits():
+    told = stall(TINY, 1)
+    assert 0 <= told["stall_share"] < 1
 
 
 @pytest.mark.slow
