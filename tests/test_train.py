@@ -112,7 +112,14 @@ def test_a_finished_run_leaves_its_log_its_checkpoints_and_its_tokenizer(argumen
     content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert content.keys() == {
         *("model", "optimizer", "model_args", "iter_num", "val_loss", "best_val_loss", "config", "config_origins"),
-        *("data_fingerprint", "tokenizer_fingerprint", "rows_seen", "trained_tokens_seen", "progress"),
+        *(
+            "data_fingerprint",
+            "packing_version",
+            "tokenizer_fingerprint",
+            "rows_seen",
+            "trained_tokens_seen",
+            "progress",
+        ),
     }
     assert content["config_origins"]["max_iters"] == "command line"
     assert content["config"]["max_iters"] == 12
