@@ -16,7 +16,6 @@ import torch
 from bench.step_inputs import document, fill_weights
 from bench.step_worker import Gate, Step, Work
 from model_builder import ConfigurableGPT
-from sft.allocator import keep_freed_memory
 from sft.attention_choice import Heads, choose_attention
 from sft.batches import Batch, Document, TrainLoader, WeighedBatch, make_batch
 from sft.collector import QuietCollector
@@ -96,7 +95,6 @@ def train(work: Work, gate: Gate) -> None:
         batches, micro_steps = planned_batches(work), 1
     ahead, collector = Ahead(batches, device=work.device), QuietCollector()
     collector.start()
-    keep_freed_memory()
     gate.training_starts()
     try:
         while (first := next(ahead, None)) is not None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sft.allocator import keep_freed_memory
 from sft.batches import TrainLoader, WeighedBatch
 from sft.checkpoint import save_checkpoint
 from sft.collector import QuietCollector
@@ -86,7 +85,6 @@ class Run:
 
     def start(self) -> None:
         """From here on steps are timed, batches made ahead, and garbage is collected at milestones only."""
-        keep_freed_memory()
         steps = self.loader.steps(self.iter_num, rows_seen=self.rows_seen, end=self.journal.steps)
         self.ahead = Ahead(steps, device=self.world.device)
         self.progress.count_recompiled()

@@ -20,7 +20,6 @@ from torch import Tensor, library
 from sft.kernels.products import accumulation_dtype, add_product, product
 from sft.kernels.reference import CrossEntropy
 from sft.kernels.upstream import SMALLEST_SCALE, foretold, is_traced, rest
-from sft.linear import onednn, takes_onednn
 from sft.samples import NOT_TRAINED
 
 CUDA_BYTES = 1_300_000_000  # at most so much extra, beside the weight gradient and a head that autocast converts
@@ -244,7 +243,7 @@ def compute_chunks(
     size = chunk_rows(N, hidden, vocabulary=V, dtype=job.dtype, hidden_gradient=job.hidden_gradient)
     head = head_weight.to(job.dtype)
     stride = -(-V // ALIGNED) * ALIGNED if hidden.is_cuda else V
-    buffer: Tensor | None = None  # for the logits of each chunk
+    logits = head.new_empty(min(size, N), stride)[:, :V]  # the one buffer, used by each chunk
     grad_hidden = hidden.new_zeros(hidden.shape) if job.hidden_gradient else hidden.new_empty(0)
     grad_head = head_weight.new_empty(0)
     if job.head_gradient:
@@ -254,11 +253,7 @@ def compute_chunks(
     for start in range(0, N, size):
         part = slice(start, start + size)
         h = (hidden[part] if rows is None else hidden.index_select(0, rows[part])).to(job.dtype)  # (n, D)
-        if takes_onednn(h, head):
-            z = onednn(h, head)  # (n, V)
-        else:
-            buffer = head.new_empty(min(size, N), stride)[:, :V] if buffer is None else buffer
-            z = torch.mm(h, head.t(), out=buffer[: len(h)])
+        z = torch.mm(h, head.t(), out=logits[: len(h)])  # (n, V)
         token_results.append(
             cross_entropy_(job, z, labels[part], None if weights is None else weights[part])  # z is a gradient now
         )
@@ -271,7 +266,6 @@ def compute_chunks(
             del gradient
         if job.head_gradient:
             add_product(grad_head, z, h, first=start == 0)
-        del z  # before oneDNN makes the next
     if N == 0:
         grad_head.zero_()
     return grad_hidden, grad_head, joined(token_results, hidden, wide=wide)
