@@ -91,7 +91,7 @@ def out_dir_of(argv: list[str]) -> Path:
 
 
 def train(command: list[str], argv: list[str]) -> None:
-    """Run a training command with fewer steps and at most two processes; a plain start finds an empty out_dir."""
+    """Run a training command with fewer steps and at most two processes; a plain start finds no out_dir."""
     resumes = any(word.startswith("--resume") for word in argv)
     argv = [*argv, *SMALL, *(["--max_iters=3"] if resumes else [])]
     out_dir = out_dir_of(argv)
@@ -101,6 +101,9 @@ def train(command: list[str], argv: list[str]) -> None:
         torchrun(2, ROOT / "train_sft.py", *argv, cwd=Path.cwd())
     else:
         importlib.import_module("train_sft").main(argv)
+    if "--dry_run" in argv:
+        assert not out_dir.exists()
+        return
     log = max(out_dir.glob("run_*.json"), key=lambda path: path.stat().st_mtime)
     assert json.loads(log.read_text())["status"] == "finished"
     if not (out_dir / NAMED_LOG).exists():
