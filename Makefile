@@ -39,10 +39,10 @@ lint: setup ## ruff and mypy
 
 # A GPU machine comes with its own CUDA build of torch, and not with every library of the tests: no .venv, and only the
 # files that hold GPU tests. The benchmarks come first, since their results are worth more, and have the GPU for
-# themselves; then the tests, those of attention first, then the kernels', in four processes where pytest-xdist is there. Each has a limit in
-# seconds, together less than eight minutes: the benchmarks end by themselves (their minutes, and time for start, clocks and
-# the last turn), the tests are estimated at two minutes in four processes, five in one. What hangs is stopped, and what one
-# has written stays, whatever becomes of the others.
+# themselves; then the tests, those of attention first, then the kernels', in four processes where pytest-xdist is there.
+# Each has a limit in seconds, together less than eight minutes: the benchmarks end by themselves (their minutes, and time
+# for start, clocks and the last turn), the tests are estimated at two minutes in four processes, five in one. What hangs
+# is stopped, and what one has written stays, whatever becomes of the others.
 STEP_MINUTES ?= 2.9
 STEP_SECONDS ?= 205
 LOSS_MINUTES ?= 1.3

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.utils import counters
 
 from sft import attention_backends
@@ -149,9 +149,8 @@ def test_documents_of_lengths_are_those_that_the_ids_tell():
 def test_the_operator_of_documents_tells_the_compiler_the_truth():
     q, k, v = (x.detach().transpose(1, 2).flatten(0, 1).requires_grad_() for x in random_heads(2))
     spans = Documents(IDS).spans
-    torch.library.opcheck(
-        torch.ops.sft.document_attention.default, (q, k, v, spans.offsets, spans.extent, 2, "by_document")
-    )
+    operator = torch.ops.sft.document_attention.default
+    library.opcheck(operator, (q, k, v, spans.offsets, spans.extent, 2, "by_document"))
 
 
 @pytest.mark.parametrize("back_end", ["sdpa", "varlen", "flex"])
