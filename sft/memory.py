@@ -178,6 +178,7 @@ class Ledger(TorchDispatchMode):
         self.peak = 0
         self._part: Part = "temporaries"
         self._known: dict[int, tuple[Part, int]] = {}  # by storage
+        self._kept_logits = 0
 
     @contextmanager
     def making(self, part: Part) -> Iterator[None]:
@@ -206,10 +207,14 @@ class Ledger(TorchDispatchMode):
                 if isinstance(result, Tensor) and result.device.type == self.device.type:
                     self._add(result)
         if is_head:
-            inside = fused_head_bytes(*args, **(kwargs or {}))
-            self.alive["head and loss"] += inside
+            logits, others = fused_head_bytes(*args, **(kwargs or {}))
+            self.alive["head and loss"] += max(logits, self._kept_logits) - self._kept_logits + others
             self._note()
-            self.alive["head and loss"] -= inside
+            self.alive["head and loss"] -= others
+            if self.device.type == "cpu":  # where their memory stays for the next ones
+                self._kept_logits = max(logits, self._kept_logits)
+            else:
+                self.alive["head and loss"] -= logits
         self._note()
         return results
 
@@ -243,18 +248,18 @@ def fused_head_bytes(
     _details: bool,
     dtype: torch.dtype,
     *_others: Any,
-) -> int:
-    """What the fused head takes beside its results, see sft/kernels/linear_cross_entropy.py."""
+) -> tuple[int, int]:
+    """What the fused head (sft/kernels/linear_cross_entropy.py) takes beside its results: for logits, and otherwise."""
     (V, D), N, wide = head_weight.shape, len(labels), accumulation_dtype(dtype).itemsize
     size = linear_cross_entropy.chunk_rows(N, hidden, vocabulary=V, dtype=dtype, hidden_gradient=hidden_gradient)
     rows = min(size, N)
-    row = V * dtype.itemsize + D * (dtype.itemsize + hidden_gradient * (wide + hidden.dtype.itemsize))
+    row = D * (dtype.itemsize + hidden_gradient * (wide + hidden.dtype.itemsize))
     if not hidden.is_cuda and head_gradient and dtype == torch.float16:
         row += V * wide  # the gradient of the logits, widened for its product
     of_head = V * D * (dtype.itemsize if head_weight.dtype != dtype else 0)  # autocast's copy
     if head_gradient and head_weight.dtype.itemsize < wide:
         of_head += V * D * wide  # the sum, before it is rounded
-    return rows * row + of_head
+    return rows * V * dtype.itemsize, rows * row + of_head
 
 
 def estimates(work: Workload) -> dict[Recomputing, Estimate]:

@@ -1,5 +1,7 @@
 """The fused head against the definition: values, gradients, and what they cost."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -229,3 +231,21 @@ def test_chunks_are_equal_and_keep_within_the_memory_allowed():
         assert chunks == 1 or size % 128 == 0
         assert chunks * size - count < 128 * chunks
     assert chunk_rows(0, torch.empty(0, 8), vocabulary=151_936, dtype=torch.float32, hidden_gradient=True) == 1
+
+
+def test_logits_on_a_cpu_have_the_same_memory_call_after_call_and_each_thread_its_own():
+    def address(rows: int, dtype: torch.dtype, *, inference: bool = False) -> int:
+        with torch.inference_mode(inference):
+            buffer = linear_cross_entropy.logits_buffer(rows, 11, like=torch.empty(0, dtype=dtype))
+        assert buffer.shape == (rows, 11)
+        assert buffer.dtype == dtype
+        linear_cross_entropy.logits_buffer(rows, 11, like=torch.empty(0, dtype=dtype)).zero_()  # after an evaluation
+        return buffer.data_ptr()
+
+    with ThreadPoolExecutor(1) as thread:
+        elsewhere = thread.submit(address, 8, torch.float32, inference=True).result()
+        here = address(8, torch.float32)
+        assert here != elsewhere
+        assert here == address(3, torch.float64) == address(8, torch.bfloat16)
+        assert elsewhere == thread.submit(address, 7, torch.float32).result()
+        address(10_000, torch.float32)

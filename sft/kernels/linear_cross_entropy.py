@@ -12,6 +12,7 @@ Memory beside the weight gradient: the logits of a chunk, its hidden states, and
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -242,8 +243,7 @@ def compute_chunks(
     wide = accumulation_dtype(job.dtype)
     size = chunk_rows(N, hidden, vocabulary=V, dtype=job.dtype, hidden_gradient=job.hidden_gradient)
     head = head_weight.to(job.dtype)
-    stride = -(-V // ALIGNED) * ALIGNED if hidden.is_cuda else V
-    logits = head.new_empty(min(size, N), stride)[:, :V]  # the one buffer, used by each chunk
+    logits = logits_buffer(min(size, N), V, like=head)  # used by each chunk
     grad_hidden = hidden.new_zeros(hidden.shape) if job.hidden_gradient else hidden.new_empty(0)
     grad_head = head_weight.new_empty(0)
     if job.head_gradient:
@@ -269,6 +269,28 @@ def compute_chunks(
     if N == 0:
         grad_head.zero_()
     return grad_hidden, grad_head, joined(token_results, hidden, wide=wide)
+
+
+class _Kept(threading.local):
+    """Memory of a thread that stays between calls."""
+
+    bytes: Tensor | None = None
+
+
+_kept = _Kept()
+
+
+def logits_buffer(rows: int, V: int, *, like: Tensor) -> Tensor:
+    """Uninitialised (rows, V). On a CPU it is the same memory call after call, whose pages the kernel need not clear
+    again: a twelfth of a step of a small model. PyTorch's CUDA allocator keeps memory itself.
+    """
+    if like.is_cuda:
+        return like.new_empty(rows, -(-V // ALIGNED) * ALIGNED)[:, :V]
+    size = rows * V * like.itemsize
+    if _kept.bytes is None or _kept.bytes.numel() < size:
+        _kept.bytes = None  # before it is replaced
+        _kept.bytes = torch.empty(size, dtype=torch.uint8, device=like.device)
+    return _kept.bytes[:size].view(like.dtype).view(rows, V)
 
 
 def joined(parts: list[TokenResults], like: Tensor, *, wide: torch.dtype) -> TokenResults:
