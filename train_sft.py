@@ -7,7 +7,7 @@ torchrun --standalone --nproc_per_node=8 train_sft.py configs/sft_qwen3_1.8b.py
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,36 +17,28 @@ import torch
 
 from model_builder import ConfigurableGPT, load_pretrained
 from model_config import PRESETS, ModelArchitectureConfig, architecture_problems, forward_flops, parameter_count
-from sft import dry_run, elsewhere, memory, out_of_memory, startup
+from sft import continuity, dry_run, elsewhere, memory, out_of_memory, startup
 from sft.announcement import Plan, announce
 from sft.arrays import PreparedData
 from sft.attention_choice import AttentionChoice, Heads, choose_attention
 from sft.batches import TrainLoader
 from sft.config import Resolved, fingerprint, load_settings, to_dict
-from sft.errors import UserError, run_program
+from sft.errors import Preempted, UserError, run_program
 from sft.evaluation import Validation
 from sft.journal import Journal
 from sft.loss import Loss, LossKernel, choose_loss
 from sft.optim import Schedule, learning_rate_at, make_optimizer
-from sft.packing import PACKING_VERSION, RowStream
+from sft.packing import RowStream
 from sft.progress import Totals
 from sft.recompute import ActivationCheckpointing
 from sft.run import Run
 from sft.run_log import RunLog
+from sft.signals import StopSignals
+from sft.step_facts import Judge
+from sft.step_watch import StepWatch
 from sft.tracing import StepTrace
+from sft.train_rules import contradictions
 from sft.world import DeviceChoice, GradientCompression, World, join_world
-
-# names of numbers, their range in words, and the range
-RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
-    ("block_size batch_size gradient_accumulation_steps rows_per_step", "above 0", lambda value: value > 0),
-    ("max_iters max_epochs learning_rate lr_decay_iters grad_clip", "above 0", lambda value: value > 0),
-    ("eval_interval eval_rows log_interval save_interval keep_checkpoints", "above 0", lambda value: value > 0),
-    ("seed min_lr warmup_iters weight_decay log_save_seconds", "0 or more", lambda value: value >= 0),
-    ("dropout beta1 beta2", "at least 0 and below 1", lambda value: 0 <= value < 1),
-    ("ddp_bucket_mb", "above 0", lambda value: value > 0),
-    ("seed", "below 2**63", lambda value: value < 2**63),
-    ("block_size max_epochs", "at most ten million", lambda value: value <= 10**7),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +77,13 @@ class TrainSettings:
     log_save_seconds: float = 30.0  # at most this much of the run log is lost in a crash
     save_interval: int | None = 200  # steps between checkpoints; None = only at the end and at the best evaluation
     keep_checkpoints: int | None = 2  # numbered checkpoints to keep (the best one always stays); None = all
+    save_optimizer: bool = True  # False = weights alone, a third of the size, which cannot be resumed
     resume: startup.ResumeChoice = "never"  # auto = go on from out_dir's newest checkpoint, if any
+    allow_change: tuple[str, ...] = ()  # what a resumed run may have other than before, by name: learning_rate,data
+    max_skipped_steps: int = 10  # steps in a row without a finite loss and gradient, after which the run gives up
+    spike_sigma: float | None = 6.0  # standard deviations above which a loss or gradient norm is told of; None = never
+    skip_spikes: bool = False  # such a step does not move the weights
+    hang_timeout: float = 1800.0  # seconds without progress of a rank after which all ranks end, with their stacks
 
     device: DeviceChoice = "auto"  # auto = CUDA where there is a GPU
     dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"  # of computing; auto = bfloat16 on CUDA
@@ -100,51 +98,21 @@ class TrainSettings:
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """(setting, what is wrong with it) for every value that cannot be used."""
-        if (self.checkpoint_path is None) == (self.model is None):
-            yield "checkpoint_path", "set checkpoint_path or model: one of the two, the other none"
-        if self.checkpoint_path is not None and not Path(self.checkpoint_path).exists():
-            yield "checkpoint_path", f"checkpoint_path {self.checkpoint_path!r} does not exist"
+        yield from contradictions(self)
         if self.model is not None:
             yield from (("model", problem) for problem in architecture_problems(self.model))
-        if not self.out_dir:
-            yield "out_dir", "out_dir must name a folder"
-        if not Path(self.sft_data_dir).is_dir():
-            yield "sft_data_dir", f"sft_data_dir {self.sft_data_dir!r} does not exist; write it with prepare_sft.py"
-        if (self.max_iters is None) == (self.max_epochs is None):
-            yield "max_iters", "set max_iters or max_epochs: one of the two, the other none"
-        if self.rows_per_step is not None and self.gradient_accumulation_steps is not None:
-            yield "rows_per_step", "rows_per_step already decides gradient_accumulation_steps; set one of the two"
-        for names, words, holds in RANGES:
-            for name in names.split():
-                if (value := getattr(self, name)) is not None and not holds(value):
-                    yield name, f"{name} must be {words}, not {value}"
-        if self.min_lr > self.learning_rate:
-            yield "min_lr", f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}"
-        if self.lr_decay_iters is not None and self.lr_decay_iters < self.warmup_iters:
-            yield "lr_decay_iters", f"lr_decay_iters {self.lr_decay_iters} ends before warmup_iters {self.warmup_iters}"
 
-    def fixed(self) -> dict[str, Any]:
-        """What a resumed run may not change: the order of the rows and the model hang on it."""
-        return {"seed": self.seed, "block_size": self.block_size, "model": self.model}
-
-    def micro_steps(self, world_size: int) -> int:
-        """Micro-steps per step and rank. Raises UserError where rows_per_step does not divide evenly."""
-        if self.rows_per_step is None:
-            return self.gradient_accumulation_steps or 1
-        share, left = divmod(self.rows_per_step, self.batch_size * world_size)
-        if left:
-            raise UserError(
-                f"rows_per_step={self.rows_per_step} is no multiple of {self.batch_size} rows x {world_size} ranks; "
-                "change rows_per_step or batch_size"
-            )
-        return share
-
-    def steps(self, stream: RowStream, *, rows_per_step: int) -> int:
+    def steps(self, stream: RowStream, *, rows_per_step: int, saved: Mapping[str, Any] | None = None) -> int:
         """The length of the run in steps; max_epochs is rounded up, so that the last row is seen."""
         if self.max_iters is not None:
             return self.max_iters
         assert self.max_epochs is not None
-        return math.ceil(stream.rows_in(self.max_epochs) / rows_per_step)
+        steps, rows = (saved["iter_num"], saved["rows_seen"]) if saved else (0, 0)
+        return steps + math.ceil(max(0, stream.rows_in(self.max_epochs) - rows) / rows_per_step)
+
+    def decay(self, steps: int) -> int | None:
+        """The step at which the learning rate has come to its end; None = it stays."""
+        return None if self.lr_schedule == "constant" else self.lr_decay_iters or steps
 
     def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
         """bfloat16 where the blocks compute in it, beside fp32 weights; None = in the dtype of the weights."""
@@ -159,7 +127,6 @@ def main(argv: list[str]) -> None:
     resolved = load_settings(TrainSettings, argv, elsewhere=elsewhere.TRAIN)
     with join_world(resolved.settings.device) as world:
         world.agree("settings", fingerprint(resolved.settings))
-        world.together(lambda: resolved.settings.micro_steps(world.size))
         with out_of_memory.told(world.device):
             train(resolved, world)
 
@@ -170,15 +137,18 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
     folder, block_size, writes = settings.sft_data_dir, settings.block_size, not settings.dry_run
     data = world.together(lambda: startup.open_training_data(folder, block_size=block_size, proves=world.is_main))
     resume_path = world.on_main(lambda: startup.prepare_out_dir(out_dir, resume=settings.resume, writes=writes))
-    saved = world.together(
-        lambda: startup.read_saved_state(resume_path, data, fixed=settings.fixed()) if resume_path else None
-    )
+    saved = world.together(lambda: startup.read_saved_state(resume_path) if resume_path else None)
+    loader = build_loader(settings, data, world, saved)
+    steps = settings.steps(loader.stream, rows_per_step=loader.rows_per_step, saved=saved)
+    rows, decay = loader.rows_per_step, settings.decay(steps)
+    identity = continuity.identity(data, rows_per_step=rows, world_size=world.size, decay=decay)
+    if saved is not None and resume_path is not None:
+        world.together(lambda: startup.refuse_another_run(resume_path, saved, settings, identity))
     model = world.together(lambda: build_model(settings, data, resume_path, world))
     model = model.to(world.device) if writes else model
     dtype = settings.autocast_dtype(world.device) or model.head_weight.dtype
     loss = choose_loss(settings.loss_kernel, device=world.device, dtype=dtype, world=world)
     world.on_main(lambda: startup.copy_tokenizer(data, out_dir, resumes=resume_path is not None, writes=writes))
-    loader = build_loader(settings, data, world)
     heads = Heads(model.config.n_head, model.config.key_heads, model.config.head_size)
     attention = choose_attention(
         settings.attention, heads=heads, dtype=dtype, dropout=settings.dropout, loader=loader, world=world
@@ -186,24 +156,34 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
     model.set_attention(attention.back_end)
     work = memory.workload(model, loader, loss=loss, autocast_dtype=settings.autocast_dtype(world.device), world=world)
     model.activation_checkpointing, kept = memory.settle(settings.activation_checkpointing, work)
-    steps = settings.steps(loader.stream, rows_per_step=loader.rows_per_step)
     if settings.dry_run:
         flops = partial(training_flops, model.config)
         return dry_run.rehearse(settings, work, loader, steps=steps, saved=saved, flops=flops)
     log = world.together(lambda: open_log(resolved) if world.is_main else None)
-    run = build_run(resolved, data, model, loader, Journal(world, log, steps=steps), loss=loss)
-    try:
-        if saved is not None:
-            run.restore(saved)
-        announce(run, plan_of(settings, run, model.config, resume_path, steps=steps), attention, kept)
-        loop(settings, run, steps=steps)
-    except BaseException as error:
-        if out_of_memory.lacked(error):
-            run.close("failed: out of memory")
-            raise out_of_memory.explained(error, world.device, work, loader, fixed=settings.rows_per_step) from error
-        run.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}: {error}")
-        raise
-    run.close("finished")
+    journal = Journal(world, log, steps=steps)
+    with StopSignals() as signals:
+        run = build_run(resolved, data, model, loader, journal, loss=loss, identity=identity, signals=signals)
+        try:
+            if saved is not None:
+                run.restore(saved)
+            announce(run, plan_of(settings, run, model.config, resume_path, steps=steps), attention, kept)
+            loop(settings, run, steps=steps)
+        except BaseException as error:
+            run.close(status_after(error))
+            if out_of_memory.lacked(error):
+                fixed = settings.rows_per_step
+                raise out_of_memory.explained(error, world.device, work, loader, fixed=fixed) from error
+            raise
+        run.close("finished")
+
+
+def status_after(error: BaseException) -> str:
+    """What the run log says of a run that ended with this error."""
+    if isinstance(error, Preempted):
+        return "preempted"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return "failed: out of memory" if out_of_memory.lacked(error) else f"failed: {type(error).__name__}: {error}"
 
 
 def plan_of(
@@ -214,7 +194,7 @@ def plan_of(
         model=f"{parameter_count(config):,} parameters, {source}",
         parameters=parameter_count(config),
         steps=steps,
-        micro_steps=settings.micro_steps(run.world.size),
+        micro_steps=run.loader.micro_steps,
         batch_size=settings.batch_size,
         schedule=f"{settings.lr_schedule} learning rate after {settings.warmup_iters} steps of warm-up",
         compiled=settings.compiles(run.world.device),
@@ -234,6 +214,8 @@ def loop(settings: TrainSettings, run: Run, *, steps: int) -> None:
     if run.world.size > 1 or settings.compiles(run.world.device):
         run.warm_up(evaluates=settings.eval_interval is not None)
     run.start()
+    if run.owes_evaluation or run.watch.stops:
+        run.milestone(saves=False)
     while run.iter_num < steps:
         learning_rate = learning_rate_at(
             run.iter_num,
@@ -246,12 +228,11 @@ def loop(settings: TrainSettings, run: Run, *, steps: int) -> None:
         run.update(learning_rate=learning_rate, grad_clip=settings.grad_clip)
         if due(settings.log_interval):
             run.report()
-        evaluates, saves = due(settings.eval_interval), due(settings.save_interval) or run.iter_num == steps
-        if evaluates or saves:
+        run.owes_evaluation = due(settings.eval_interval)
+        saves = due(settings.save_interval) or run.iter_num == steps or (run.owes_saving and due(settings.log_interval))
+        if run.owes_evaluation or saves or run.watch.stops:
             with run.progress.clock_stopped():
-                is_best = evaluates and run.evaluate()
-                if is_best or saves:
-                    run.save(is_best=is_best)
+                run.milestone(saves=saves)
 
 
 def build_model(settings: TrainSettings, data: PreparedData, resume_path: Path | None, world: World) -> ConfigurableGPT:
@@ -291,7 +272,9 @@ def new_architecture(settings: TrainSettings, data: PreparedData) -> ModelArchit
     )
 
 
-def build_loader(settings: TrainSettings, data: PreparedData, world: World) -> TrainLoader:
+def build_loader(
+    settings: TrainSettings, data: PreparedData, world: World, saved: Mapping[str, Any] | None
+) -> TrainLoader:
     split, weights = data.splits["train"], data.source_weights
     stream = RowStream(
         split.lengths, block_size=settings.block_size, seed=settings.seed, sources=split.origins[:, 0], weights=weights
@@ -300,7 +283,7 @@ def build_loader(settings: TrainSettings, data: PreparedData, world: World) -> T
         split,
         stream,
         batch_size=settings.batch_size,
-        rows_per_step=settings.batch_size * settings.micro_steps(world.size) * world.size,
+        rows_per_step=continuity.rows_of_a_step(settings, world_size=world.size, saved=saved),
         rank=world.rank,
         world_size=world.size,
         pad_id=data.meta["pad_id"],
@@ -334,9 +317,13 @@ def build_run(
     journal: Journal,
     *,
     loss: Loss,
+    identity: Mapping[str, Any],
+    signals: StopSignals,
 ) -> Run:
     settings, world = resolved.settings, journal.world
     out_dir, profiles = Path(settings.out_dir), settings.profile and world.is_main
+    judge = Judge(world, spike_sigma=settings.spike_sigma, skip_spikes=settings.skip_spikes)
+    sources = [source["path"] for source in data.meta["sources"]]
 
     return Run(
         world=world,
@@ -367,11 +354,11 @@ def build_run(
             "model_args": model.config.to_dict(),
             "config": to_dict(settings),
             "config_origins": resolved.origins,
-            "data_fingerprint": data.fingerprint,
-            "packing_version": PACKING_VERSION,
-            "tokenizer_fingerprint": data.meta["tokenizer_fingerprint"],
+            **identity,
         },
         wrap=partial(world.wrap, bucket_mb=settings.ddp_bucket_mb, compression=settings.gradient_compression),
+        watch=StepWatch(judge, loader, journal, max_skipped_steps=settings.max_skipped_steps, sources=sources),
+        asked_to_stop=lambda: signals.received is not None,
         trace=StepTrace(out_dir / "trace_rank0.json.gz", device=world.device) if profiles else None,
     )
 

@@ -17,7 +17,7 @@ from bench.step_inputs import document, fill_weights
 from bench.step_worker import Gate, Step, Work
 from model_builder import ConfigurableGPT
 from sft.attention_choice import Heads, choose_attention
-from sft.batches import Batch, Document, TrainLoader, WeighedBatch, make_batch
+from sft.batches import NO_ROWS, Batch, Document, StepBatch, TrainLoader, make_batch
 from sft.collector import QuietCollector
 from sft.huggingface import name_table, to_hugging_face
 from sft.optim import make_optimizer
@@ -66,7 +66,7 @@ def make_loader(work: Work) -> TrainLoader:
     )
 
 
-def planned_batches(work: Work) -> Iterator[WeighedBatch]:
+def planned_batches(work: Work) -> Iterator[StepBatch]:
     """The conversations of each planned step, packed into as few rows as hold them; compiled, into as many as ever."""
     assert work.plan is not None
     row = work.option.get("row", work.task.row)
@@ -76,7 +76,7 @@ def planned_batches(work: Work) -> Iterator[WeighedBatch]:
         documents = [[Document(*document(work.samples, numbers[i])) for i in places.tolist()] for places in rows]
         documents += [[] for _ in range(least - len(rows))]
         batch = make_batch(documents, block_size=row, pad_id=PAD, device=work.device)
-        yield WeighedBatch(batch, float(work.samples.targets[numbers].sum()))
+        yield StepBatch(batch, float(work.samples.targets[numbers].sum()), NO_ROWS)
 
 
 def train(work: Work, gate: Gate) -> None:

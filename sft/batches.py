@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from sft.arrays import Samples
 from sft.attention import Documents
 from sft.packing import Row, RowStream
 from sft.samples import NOT_TRAINED
+
+Each = TypeVar("Each")
+NO_ROWS = bytes(16)  # the order hash of a run that has seen none
 
 
 class Document(NamedTuple):
@@ -124,17 +128,19 @@ def read_row(samples: Samples, row: Row) -> list[Document]:
 
 
 class StepBatches(NamedTuple):
-    """One rank's share of a step, and the normaliser of the whole step over all ranks."""
+    """One rank's share of a step; the rows of the whole step over all ranks, and their normaliser."""
 
     batches: Iterator[Batch]
     target_weight: float
+    rows: Sequence[Row]
 
 
-class WeighedBatch(NamedTuple):
-    """A batch, and the normaliser of the step that it belongs to."""
+class StepBatch(NamedTuple):
+    """A batch, and what there is to know of the step that it belongs to."""
 
     batch: Batch
     target_weight: float
+    order: bytes  # the order_hash of all rows up to the end of that step
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ class TrainLoader:
 
     A step takes the next rows_per_step rows of the stream and cuts them into micro-batches of batch_size rows.
     Micro-step m of a rank is micro-batch m * world_size + rank: the same rows meet the same dropout on any number of
-    ranks.
+    ranks. Where the rows do not divide evenly, empty ones fill up the last batches, whose labels are all masked.
     """
 
     samples: Samples
@@ -158,33 +164,50 @@ class TrainLoader:
 
     @property
     def micro_steps(self) -> int:
-        """Batches of one rank in a step."""
-        return self.rows_per_step // (self.batch_size * self.world_size)
+        """Batches of one rank in a step, those of empty rows included."""
+        return -(-self.rows_per_step // (self.batch_size * self.world_size))
 
-    def steps(self, step: int, *, rows_seen: int, end: int) -> Iterator[WeighedBatch]:
-        """This rank's batches of the steps from `step` to before `end`, one after the other."""
+    def steps(self, step: int, *, rows_seen: int, end: int, order: bytes = NO_ROWS) -> Iterator[StepBatch]:
+        """This rank's batches of the steps from `step` to before `end`, one by one; `order` is the hash until then."""
         for number in range(step, end):
-            batches, target_weight = self.step(number, rows_seen=rows_seen + (number - step) * self.rows_per_step)
+            batches, target_weight, rows = self.step(number, rows_seen=rows_seen + (number - step) * self.rows_per_step)
+            order = order_hash(order, rows)
             for batch in batches:
-                yield WeighedBatch(batch, target_weight)
+                yield StepBatch(batch, target_weight, order)
 
     def step(self, step: int, *, rows_seen: int) -> StepBatches:
         """Batches are made one by one as they are asked for; the normaliser comes from disk, before any forward."""
         rows = [self.stream.row(rows_seen + place) for place in range(self.rows_per_step)]
         target_weight = float(sum(self.samples.targets[row].sum() for row in rows))
-        return StepBatches(self._share(step, rows), target_weight)
+        return StepBatches(self._share(step, rows), target_weight, rows)
+
+    def shares(self, rows: Sequence[Each], rank: int) -> Iterator[Sequence[Each]]:
+        """Of the rows of a step, or their numbers, what a rank computes, by micro-step; fewer where none are left."""
+        for micro_step in range(self.micro_steps):
+            first = (micro_step * self.world_size + rank) * self.batch_size
+            yield rows[first : first + self.batch_size]
 
     def _share(self, step: int, rows: Sequence[Row]) -> Iterator[Batch]:
-        micro_batches = self.rows_per_step // self.batch_size
-        for micro_batch in range(self.rank, micro_batches, self.world_size):
-            first = micro_batch * self.batch_size
+        for micro_step, share in enumerate(self.shares(rows, self.rank)):
+            micro_batch = micro_step * self.world_size + self.rank
+            documents = [read_row(self.samples, row) for row in share]
             yield make_batch(
-                [read_row(self.samples, row) for row in rows[first : first + self.batch_size]],
+                [*documents, *([] for _ in range(self.batch_size - len(share)))],
                 block_size=self.stream.block_size,
                 pad_id=self.pad_id,
                 device=self.device,
                 dropout_seed=dropout_seed(self.seed, step, micro_batch),
             )
+
+
+def order_hash(order: bytes, rows: Sequence[Row]) -> bytes:
+    """What becomes of the hash of all rows before, NO_ROWS at first, by these rows: of their samples, in order.
+
+    So two runs that are at the same hash have seen the same rows of the same data.
+    """
+    for row in rows:
+        order = hashlib.blake2b(row.astype("<i8").tobytes(), digest_size=16, key=order).digest()
+    return order
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:

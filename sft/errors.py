@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 
 EXIT_FAILED = 1  # the run broke; the same command may succeed later
 EXIT_BAD_INPUT = 2  # settings, data or files are wrong; repeating the command repeats the refusal
-EXIT_INTERRUPTED = 130  # Ctrl-C
+EXIT_DIVERGED = 3  # too many steps in a row were not finite; repeating the command repeats them
+EXIT_HUNG = 4  # a rank got no further for hang_timeout; the same command with --resume=auto goes on
+EXIT_PREEMPTED = 75  # stopped by a signal and saved; the same command with --resume=auto goes on
+EXIT_INTERRUPTED = 130  # stopped at once by a second Ctrl-C; what came after the last checkpoint is lost
 
 FIRST_SPEAKS_WITHIN_SECONDS = 10.0
 
@@ -21,6 +24,10 @@ class UserError(Exception):
     def __init__(self, message: str, *, exit_status: int = EXIT_BAD_INPUT):
         super().__init__(message)
         self.exit_status = exit_status
+
+
+class Preempted(Exception):
+    """A signal asked the run to stop, and it has stopped in order, with a checkpoint; str(error) says so."""
 
 
 def listed(headline: str, problems: Sequence[str]) -> UserError:
@@ -45,6 +52,10 @@ def run_program(main: Callable[[list[str]], None]) -> None:
             time.sleep(FIRST_SPEAKS_WITHIN_SECONDS)
         print(f"error: {error}", file=sys.stderr, flush=True)
         status = error.exit_status
+    except Preempted as stop:
+        if is_first:
+            print(stop, file=sys.stderr, flush=True)
+        status = EXIT_PREEMPTED
     except BrokenPipeError:  # who reads our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_FAILED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -14,6 +14,8 @@ from sft.batches import Batch, make_batch, read_row
 from sft.packing import Row, RowStream
 from sft.step import SummedLoss
 from sft.world import World
+
+ROUNDS_UNTIL_ASKED = 8  # batches of an evaluation between two moments at which the ranks agree to go on
 
 
 class Evaluation(NamedTuple):
@@ -43,10 +45,13 @@ class Validation:
         return [stream.row(place) for place in range(count)]
 
     @torch.no_grad()
-    def evaluate(self, loss_module: SummedLoss, world: World) -> Evaluation:
+    def evaluate(
+        self, loss_module: SummedLoss, world: World, *, asked_to_stop: Callable[[], bool] = lambda: False
+    ) -> Evaluation | None:
         """The mean token loss, by all ranks together: rank r computes rows r, r + size, ..., and one sum joins them.
 
-        Touches neither the random generators nor the training mode that it found.
+        None where a rank is asked to stop meanwhile. Touches neither the random generators nor the training mode that
+        it found.
         """
         assert self.rows, "there is nothing to evaluate on"
         was_training = loss_module.training
@@ -54,8 +59,13 @@ class Validation:
         mine = self._share(world)
         # loss sum, sum of target weights, trained tokens
         totals = torch.zeros(3, dtype=torch.float64, device=world.device)
-        for first in range(0, len(mine), self.batch_size):
-            rows = mine[first : first + self.batch_size]
+        rounds = -(-len(self.rows) // (self.batch_size * world.size))  # the same for every rank
+        for number in range(rounds):
+            if number % ROUNDS_UNTIL_ASKED == 0 and world.any(asked_to_stop()):
+                loss_module.train(was_training)
+                return None
+            if not (rows := mine[number * self.batch_size : (number + 1) * self.batch_size]):
+                continue
             batch = self._batch(rows, world.device)
             totals[0] += loss_module(batch)
             totals[1] += sum(float(self.samples.targets[row].sum()) for row in rows)

@@ -44,6 +44,7 @@ class Journal:
         *,
         learning_rate: float,
         grad_norm: float,
+        order: bytes,
         flops: float,
     ) -> None:
         """One record for the steps since the last: means over their trained tokens, rates over their time."""
@@ -62,6 +63,8 @@ class Journal:
             "trained_tokens_per_second": totals.trained_tokens / totals.seconds,
             "stall_ms": 1000 * totals.stall_seconds / totals.steps,
             "recompiled": totals.recompiled,
+            "skipped": totals.skipped,
+            "order": order.hex(),
         }
         self.seconds += totals.seconds
         self.stall_seconds += totals.stall_seconds
@@ -98,13 +101,23 @@ class Journal:
         if self.log:
             self.log.checkpoint(iter=iter_num, path=path, is_best=is_best)
 
+    def checkpoint_failed(self, iter_num: int, problem: str) -> None:
+        """The run goes on all the same; older checkpoints are as they were."""
+        self.world.print(f"{self._step(iter_num)}  warning: no checkpoint was written ({problem}); trying again later")
+        self.event("checkpoint_failed", iter=iter_num, problem=problem)
+
+    def odd_step(self, iter_num: int, sentence: str, **details: Any) -> None:
+        """A step that was skipped, or out of the ordinary."""
+        self.world.print(f"{self._step(iter_num)}  {sentence}")
+        self.event("odd_step", **details)
+
     def trace(self, iter_num: int, sentence: str) -> None:
         """The steps before this one were slower than others: they were traced."""
         self.world.print(f"{self._step(iter_num)}  {sentence}")
         self.event("traced", iter=iter_num, sentence=sentence)
 
     def close(self, status: str, **summary: Any) -> None:
-        """The last word: finished, interrupted, or failed: cause."""
+        """The last word: finished, preempted, interrupted, or failed: cause."""
         if self.log:
             stall_share = self.stall_seconds / self.seconds if self.seconds else None
             speed = {"stall_share": stall_share, "recompiled": self.recompiled}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ class Totals:
     trained_tokens: int = 0
     tokens: int = 0
     attended_pairs: int = 0
+    skipped: int = 0  # steps after which the optimizer did not move; loss_sum and target_weight are of the others
     recompiled: int = 0  # graphs that torch.compile has made after the warm-up
     seconds: float = 0.0  # of this process, in steps alone
     stall_seconds: float = 0.0  # the part of them in which it waited for a batch, or told of earlier steps
@@ -33,7 +35,7 @@ class Totals:
     @property
     def loss(self) -> float:
         """The weighted token mean: divided once, here, where sum and weight are complete."""
-        return self.loss_sum / self.target_weight
+        return self.loss_sum / self.target_weight if self.target_weight else math.nan
 
 
 class Progress:
@@ -42,7 +44,8 @@ class Progress:
     def __init__(self, world: World):
         self.world = world
         self.totals = Totals()
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        # this rank's loss sum; the target weights of all ranks, and the steps left out
+        self._loss_sum, self._target_weight, self._skipped = torch.zeros(3, dtype=torch.float64, device=world.device)
         self._counts = [0, 0, 0]  # this rank's trained tokens, tokens and attended pairs
         self._graphs: int | None = None  # that torch.compile had made until the last flush; None = not counted yet
         self._clock: float | None = None  # when the time not yet in totals began; None while it stands still
@@ -54,25 +57,30 @@ class Progress:
                 self._counts[place] += count
             yield batch
 
-    def add_step(self, loss_sum: Tensor, target_weight: float) -> None:
+    def add_step(self, loss_sum: Tensor, target_weight: float, skips: Tensor) -> None:
         """Count one step by this rank's loss sum and the whole step's target weight. Does not read the device."""
-        self._loss_sum += loss_sum
+        self._loss_sum += torch.where(skips, 0.0, loss_sum)
+        self._target_weight += ~skips * self._target_weight.new_tensor(target_weight)
+        self._skipped += skips
         self.totals.steps += 1
-        self.totals.target_weight += target_weight
 
     def flush(self) -> Totals:
         """Join all ranks' sums into the totals: one all-reduce and one device read. Every rank must call it."""
         graphs = compiled_graphs()
         recompiled = 0 if self._graphs is None else graphs - self._graphs
         counts = torch.tensor([*self._counts, recompiled], dtype=torch.float64, device=self.world.device)
-        joined = self.world.sum(torch.cat([self._loss_sum.reshape(1), counts])).tolist()
+        of_all = self.world.sum(torch.cat([self._loss_sum.reshape(1), counts]))
+        joined = torch.cat([of_all, torch.stack([self._target_weight, self._skipped])]).tolist()
         self._read_clock()  # after the device read: the queued work has been done
         self.totals.loss_sum += joined[0]
         self.totals.trained_tokens += int(joined[1])
         self.totals.tokens += int(joined[2])
         self.totals.attended_pairs += int(joined[3])
         self.totals.recompiled += int(joined[4])
-        self._loss_sum.zero_()
+        self.totals.target_weight += joined[5]
+        self.totals.skipped += int(joined[6])
+        for each in (self._loss_sum, self._target_weight, self._skipped):
+            each.zero_()
         self._counts = [0, 0, 0]
         if self._graphs is not None:
             self._graphs = graphs

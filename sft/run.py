@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sft.batches import TrainLoader, WeighedBatch
+from sft.batches import StepBatch, TrainLoader
 from sft.checkpoint import save_checkpoint
 from sft.collector import QuietCollector
-from sft.errors import EXIT_FAILED, UserError
+from sft.errors import EXIT_DIVERGED, EXIT_FAILED, Preempted, UserError
 from sft.evaluation import Validation
 from sft.journal import Journal
 from sft.loss import Loss
@@ -23,6 +23,7 @@ from sft.phases import phase
 from sft.prefetch import Ahead
 from sft.progress import Progress, Totals
 from sft.step import SummedLoss, accumulate_gradients, train_step
+from sft.step_watch import StepWatch
 from sft.tracing import StepTrace
 from sft.world import World
 
@@ -46,11 +47,14 @@ class Run:
         keep_checkpoints: int | None,
         constants: Mapping[str, Any],
         wrap: Callable[[nn.Module], nn.Module],
+        watch: StepWatch,
+        asked_to_stop: Callable[[], bool] = lambda: False,
         trace: StepTrace | None = None,
     ):
         """`constants` go into every checkpoint as they are: what the run was made of. `trace` is to be made of it.
 
-        `wrap` makes of the loss of this rank one whose gradients are averaged over all ranks.
+        `wrap` makes of the loss of this rank one whose gradients are averaged over all ranks. `asked_to_stop` tells
+        whether this rank was: all obey at the end of a step.
         """
         self.world, self.model, self.optimizer = world, model, optimizer
         self.loader, self.validation, self.journal = loader, validation, journal
@@ -60,12 +64,15 @@ class Run:
         self.loss_module = wrap(self.local_loss)
         self.progress = Progress(world)
         self.collector = QuietCollector()
-        self.trace = trace
-        self.ahead: Ahead[WeighedBatch] | None = None
+        self.watch, self.asked_to_stop, self.trace = watch, asked_to_stop, trace
+        self.ahead: Ahead[StepBatch] | None = None
         self.learning_rate = 0.0  # of the last update
         self.grad_norm = torch.zeros(())  # of the last update, on the device
         self.iter_num = 0  # completed steps
         self.rows_seen = 0
+        self.order = bytes.fromhex(constants["data_fingerprint"])[:16]  # the order_hash of the data and the rows seen
+        self.owes_evaluation = False  # at this step, since a signal came before it
+        self.owes_saving = False  # since the last attempt failed
         self.trained_tokens_seen = 0
         self.val_loss: float | None = None
         self.best_val_loss: float | None = None
@@ -85,7 +92,7 @@ class Run:
 
     def start(self) -> None:
         """From here on steps are timed, batches made ahead, and garbage is collected at milestones only."""
-        steps = self.loader.steps(self.iter_num, rows_seen=self.rows_seen, end=self.journal.steps)
+        steps = self.loader.steps(self.iter_num, rows_seen=self.rows_seen, end=self.journal.steps, order=self.order)
         self.ahead = Ahead(steps, device=self.world.device)
         self.progress.count_recompiled()
         self.collector.start()
@@ -105,11 +112,15 @@ class Run:
             learning_rate=learning_rate,
             grad_clip=grad_clip,
             world=self.world,
+            judge=self.watch.judge,
+            stop=self.asked_to_stop(),
         )
-        self.progress.add_step(result.loss_sum, first.target_weight)
+        self.progress.add_step(result.loss_sum, first.target_weight, result.judgement.skips)
         self.learning_rate, self.grad_norm = learning_rate, result.grad_norm
         self.iter_num += 1
-        self.rows_seen += self.loader.rows_per_step
+        first_row, self.rows_seen = self.rows_seen, self.rows_seen + self.loader.rows_per_step
+        self.order = first.order
+        self.watch.note(self.iter_num, result.judgement, rows_seen=first_row)
         if self.trace is not None:
             self.trace.step()
 
@@ -123,17 +134,39 @@ class Run:
                 totals,
                 learning_rate=self.learning_rate,
                 grad_norm=self.grad_norm.item(),
+                order=self.order,
                 flops=self.training_flops(totals),
             )
             self.collector.collect()
 
+    def milestone(self, *, saves: bool) -> None:
+        """Between two steps: evaluate where that is owed, save where it is best or due, and stop where asked to.
+
+        Raises Preempted once all is saved, on all ranks.
+        """
+        self.watch.drain()
+        stops, is_last = self.watch.stops, self.iter_num == self.journal.steps
+        is_best = self.owes_evaluation and not stops and self.evaluate()
+        stops = self.watch.stops and not (is_last and not self.owes_evaluation)
+        if is_best or saves or stops:
+            self.save(is_best=is_best, must=stops or is_last)
+        if stops:
+            raise Preempted(
+                f"stopped by a signal after step {self.iter_num} of {self.journal.steps}, and saved; the same command "
+                "with --resume=auto goes on"
+            )
+
     def evaluate(self) -> bool:
-        """Validation loss now; True if it is the best since training began."""
+        """Validation loss now; True if it is the best since training began. Still owed where a signal cut it short."""
+        self.owes_evaluation = False
         if not self.validation.rows:
             return False
         started = time.perf_counter()
         with phase("evaluation"):
-            result = self.validation.evaluate(self.local_loss, self.world)
+            result = self.validation.evaluate(self.local_loss, self.world, asked_to_stop=self.asked_to_stop)
+        if result is None:
+            self.owes_evaluation = self.watch.stops = True
+            return False
         self.val_loss = result.loss
         is_better = self.best_val_loss is None or result.loss < self.best_val_loss
         is_best = self.iter_num > 0 and math.isfinite(result.loss) and is_better
@@ -143,38 +176,64 @@ class Run:
         self.collector.collect()
         return is_best
 
-    def save(self, *, is_best: bool) -> None:
-        """Join the sums of all ranks; the main rank writes a checkpoint. UserError on all ranks if it cannot."""
+    def save(self, *, is_best: bool, must: bool) -> None:
+        """Join the sums of all ranks; the main rank writes a checkpoint.
+
+        Where it cannot be written the run goes on and tries again later, unless it `must` be: then UserError on all
+        ranks. Weights that are not finite are never written: UserError, too.
+        """
         self.progress.flush()
         with phase("saving"):
-            path = self.world.on_main(lambda: self._write_checkpoint(is_best))
-        self.journal.checkpoint(self.iter_num, path, is_best=is_best)
+            path, problem = self.world.on_main(lambda: self._write_checkpoint(is_best))
+        self.owes_saving = path is None
+        if path is not None:
+            self.journal.checkpoint(self.iter_num, path, is_best=is_best)
+        else:
+            self.journal.checkpoint_failed(self.iter_num, problem)
+            if must:
+                raise UserError(
+                    f"{self.out_dir}: the last checkpoint was not written: {problem}", exit_status=EXIT_FAILED
+                )
         self.collector.collect()
 
-    def _write_checkpoint(self, is_best: bool) -> Path:
+    def _write_checkpoint(self, is_best: bool) -> tuple[Path | None, str]:
+        """The path, or None and why there is none."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            raise UserError(
+                f"the weights are not finite after step {self.iter_num}, and nothing was saved; go on from the last "
+                "checkpoint with a lower learning_rate (--allow_change=learning_rate)",
+                exit_status=EXIT_DIVERGED,
+            )
         content = {
             **self.constants,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "iter_num": self.iter_num,
             "rows_seen": self.rows_seen,
+            "order": self.order.hex(),
+            "owes_evaluation": self.owes_evaluation,
             "trained_tokens_seen": self.trained_tokens_seen,
             "val_loss": self.val_loss,
             "best_val_loss": self.best_val_loss,
             "progress": self.progress.state(),
+            "watch": self.watch.state(),
         }
         try:
-            return save_checkpoint(
+            path = save_checkpoint(
                 self.out_dir, content, iter_num=self.iter_num, best=is_best, keep=self.keep_checkpoints
             )
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            raise UserError(f"{self.out_dir}: cannot write a checkpoint ({error})", exit_status=EXIT_FAILED) from error
+        except (OSError, RuntimeError) as error:  # torch.save reports some refusals of the disk as RuntimeError
+            return None, str(error)
+        return path, ""
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from the content of a checkpoint, whose weights the model has already."""
         restore_optimizer(self.optimizer, saved["optimizer"])
         self.iter_num = saved["iter_num"]
         self.rows_seen = saved["rows_seen"]
+        if "order" in saved:  # older checkpoints do not tell
+            self.order, self.owes_evaluation = bytes.fromhex(saved["order"]), saved["owes_evaluation"]
+            self.watch.load_state(saved["watch"])
         self.trained_tokens_seen = saved["trained_tokens_seen"]
         self.val_loss, self.best_val_loss = saved["val_loss"], saved["best_val_loss"]
         self.progress.load_state(saved["progress"])
@@ -193,9 +252,11 @@ class Run:
             trained_tokens_seen=self.trained_tokens_seen,
             val_loss=self.val_loss,
             best_val_loss=self.best_val_loss,
+            skipped=self.watch.skipped,
+            order=self.order.hex(),
         )
 
-    def _next_batch(self) -> WeighedBatch:
+    def _next_batch(self) -> StepBatch:
         assert self.ahead is not None, "start() comes before the first step"
         with self.progress.stalled(), phase("batch"):
             return next(self.ahead)

@@ -106,8 +106,8 @@ class RunLog:
         self.save()
 
     def finish(self, status: str, summary: Mapping[str, Any]) -> None:
-        """The last word: status "finished", "interrupted" or "failed: <cause>"."""
-        assert status in ("finished", "interrupted") or status.startswith("failed: "), status
+        """The last word: status "finished", "preempted", "interrupted" or "failed: <cause>"."""
+        assert status in ("finished", "preempted", "interrupted") or status.startswith("failed: "), status
         self.contents["status"] = status
         self.contents["summary"] = self.finite(dict(summary))
         self.save()

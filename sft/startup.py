@@ -13,8 +13,8 @@ from typing import Any, Literal
 from sft import ledger
 from sft.arrays import PreparedData, open_prepared
 from sft.checkpoint import newest_checkpoint, numbered_checkpoints, read_checkpoint, remove_partial_files
+from sft.continuity import differences
 from sft.errors import UserError, listed
-from sft.packing import PACKING_VERSION
 from sft.pretrained import checkpoint_file, is_hugging_face_folder
 from sft.tokenizer import load_tokenizer
 
@@ -90,11 +90,8 @@ def _refuse_unwritable(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def read_saved_state(path: Path, data: PreparedData, *, fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint to resume from; UserError where this run would not be its continuation.
-
-    `fixed` holds the settings that may not change, with the values of this run.
-    """
+def read_saved_state(path: Path) -> dict[str, Any]:
+    """The checkpoint to resume from; UserError where it lacks what that needs."""
     saved = read_checkpoint(path)
     if missing := [key for key in NEEDED_TO_RESUME if key not in saved]:
         raise UserError(
@@ -102,21 +99,17 @@ def read_saved_state(path: Path, data: PreparedData, *, fixed: Mapping[str, Any]
         )
     if odd := [key for key in ("optimizer", "config", "progress") if not isinstance(saved[key], dict)]:
         raise UserError(f"{path}: its {', '.join(odd)} cannot be understood; use an earlier checkpoint")
-    problems = []
-    packing = saved.get("packing_version", 1)  # checkpoints of the first one do not tell
-    if packing != PACKING_VERSION:
-        problems.append(
-            f"its rows were packed by version {packing} of the packing, this program has version {PACKING_VERSION}; "
-            f"go on with the program that wrote it, or start from it with --checkpoint_path={path}"
-        )
-    if saved["data_fingerprint"] != data.fingerprint:
-        problems.append(f"sft_data_dir: {data.folder} holds other data than the run was started with")
-    for name, value in fixed.items():
-        if saved["config"].get(name) != value:
-            problems.append(f"{name}: the run was started with {saved['config'].get(name)}, not with {value}")
-    if problems:
-        raise listed(f"{path}: cannot be resumed, since it would not be the same run:", problems)
     return saved
+
+
+def refuse_another_run(path: Path, saved: Mapping[str, Any], settings: Any, identity: Mapping[str, Any]) -> None:
+    """Raise UserError where this run would not be the continuation of the one that wrote the checkpoint.
+
+    `identity` is this run's, see sft/continuity.py; settings.allow_change names what may differ.
+    """
+    if problems := list(differences(saved, settings, identity, allowed=settings.allow_change)):
+        problems.append("what is meant to change: --allow_change=NAME,NAME (the names before the colons)")
+        raise listed(f"{path}: cannot be resumed, since it would not be the same run:", problems)
 
 
 def refuse_other_tokenizer(source: Path, data: PreparedData) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sft.batches import Batch
 from sft.loss import Loss, choose_loss
 from sft.phases import phase
+from sft.step_facts import Judge, Judgement
 from sft.world import World
 
 
@@ -47,6 +48,7 @@ class StepResult(NamedTuple):
 
     loss_sum: Tensor  # float64 scalar: this rank's summed token losses
     grad_norm: Tensor  # the global norm before clipping
+    judgement: Judgement  # whether the optimizer moved, and all else that the ranks have agreed upon
 
 
 def train_step(
@@ -58,8 +60,14 @@ def train_step(
     learning_rate: float,
     grad_clip: float | None,
     world: World,
+    judge: Judge | None = None,
+    stop: bool = False,
 ) -> StepResult:
     """Update the parameters once with the gradient of (sum of losses of all ranks) / target_weight.
+
+    Unless the loss of any rank, or the gradient, is not finite, or `judge` finds the step out of the ordinary: then
+    parameters and moments stay as they are, to the bit. All ranks agree in one all-reduce, in which they also tell
+    whether one was asked to `stop`.
 
     `loss_module` is a SummedLoss, or one wrapped in DDP; `batches` are this rank's micro-batches, of which every rank
     has equally many; `target_weight` is the sum of target weights over all ranks and micro-batches of the step.
@@ -70,9 +78,14 @@ def train_step(
     with phase("optimizer"):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if grad_clip is None else grad_clip)
+        judge = judge or Judge(world)
+        judgement = judge.judge(loss_sum, grad_norm.detach(), target_weight=target_weight, stop=stop)
+        assert getattr(optimizer, "_step_supports_amp_scaling", False), "a fused optimizer, which can leave out a step"
+        # read on the device, as where a GradScaler has found an overflow
+        optimizer.found_inf = judgement.skips.float()  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_sum, grad_norm.detach())
+    return StepResult(loss_sum, grad_norm.detach(), judgement)
 
 
 def accumulate_gradients(

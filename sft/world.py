@@ -46,6 +46,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is True on any rank; every rank must call it. Waits for the device where there are several."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
     def wrap(self, module: nn.Module, *, bucket_mb: int = 25, compression: GradientCompression = "none") -> nn.Module:
         """The module with its gradients averaged over all ranks; the module itself in a world of one.
 

@@ -32,7 +32,7 @@ def test_nothing_is_compiled_after_warm_up_not_for_an_evaluation_nor_for_its_las
     """The last batch of an evaluation has fewer rows. A resumed run evaluates for the first time on its way."""
     train_sft.main(arguments(**COMPILED, eval_interval=3))
     torch._dynamo.reset()  # as in a new process
-    train_sft.main(arguments(**{**COMPILED, "max_iters": 16}, eval_interval=3, resume="required"))
+    train_sft.main(arguments(**{**COMPILED, "max_iters": 16}, eval_interval=3, lr_decay_iters=8, resume="required"))
     logs = [json.loads(path.read_text()) for path in sorted((tmp_path / "out").glob("run_*.json"))]
     rows = logs[1]["eval_steps"][0]["rows"]
     assert rows > 3

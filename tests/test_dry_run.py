@@ -72,8 +72,8 @@ def test_the_rest_of_a_resumed_run_is_told(arguments, tmp_path, capsys):
     train_sft.main(arguments(max_iters=6))
     (tmp_path / "out").joinpath("ckpt_best.pt").unlink(missing_ok=True)
     next((tmp_path / "out").glob("run_*.json")).unlink()
-    printed = told(capsys, arguments(max_iters=10, resume="required"))
-    train_sft.main(arguments(max_iters=10, resume="required"))
+    printed = told(capsys, arguments(max_iters=10, resume="required", lr_decay_iters=6))
+    train_sft.main(arguments(max_iters=10, resume="required", lr_decay_iters=6))
     log = the_log(tmp_path / "out")
     run = numbers(r"^run       ([\d,]+) steps, ([\d,]+) tokens", printed)
     assert run == [4, totals(log, "tokens")] == [len(log["training_iterations"]), totals(log, "tokens")]
@@ -84,7 +84,7 @@ def test_nothing_is_written_anywhere(arguments, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     train_sft.main(arguments(max_iters=2))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    told(capsys, arguments(max_iters=4, resume="auto"))
+    told(capsys, arguments(max_iters=4, resume="auto", lr_decay_iters=2))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 

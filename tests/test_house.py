@@ -45,6 +45,7 @@ HIGHEST = {
     "evaluation",
     "generate",
     "journal",
+    "step_watch",
     "run",
     "announcement",
     "memory",

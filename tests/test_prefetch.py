@@ -126,7 +126,7 @@ def test_the_batches_of_several_steps_are_those_of_each_step_in_their_order():
         mine = loader(rank, 2, rows_per_step=4)
         ahead = Ahead(mine.steps(3, rows_seen=12, end=9), device=CPU)
         for step in range(3, 9):
-            batches, target_weight = mine.step(step, rows_seen=4 * step)
+            batches, target_weight, _ = mine.step(step, rows_seen=4 * step)
             expected = list(batches)
             got = list(itertools.islice(ahead, mine.micro_steps))
             assert len(got) == len(expected) == 2

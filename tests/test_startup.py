@@ -100,7 +100,7 @@ def test_the_weight_of_a_source_is_applied_to_training_and_not_to_validation(dat
 def test_a_resume_with_other_weights_of_the_sources_is_refused(data, arguments):
     train_sft.main(arguments(sft_data_dir=data))
     change_meta(data, with_weight(0.5))
-    with pytest.raises(UserError, match=r"sft_data_dir: .* holds other data than the run was started with"):
+    with pytest.raises(UserError, match=r"data: .* holds other data than the run was started with"):
         train_sft.main(arguments(sft_data_dir=data, resume="required"))
 
 

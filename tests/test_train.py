@@ -107,16 +107,23 @@ def test_a_finished_run_leaves_its_log_its_checkpoints_and_its_tokenizer(argumen
     assert list(first) == [
         *("iter", "loss", "lr", "grad_norm", "trained_tokens", "tokens"),
         *("time_ms", "tokens_per_second", "mfu", "memory_gib"),
-        *("trained_tokens_per_second", "stall_ms", "recompiled"),
+        *("trained_tokens_per_second", "stall_ms", "recompiled", "skipped", "order"),
     ]
     content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    assert content.keys() == {
+    assert content.keys() >= {
         *("model", "optimizer", "model_args", "iter_num", "val_loss", "best_val_loss", "config", "config_origins"),
         *(
             "data_fingerprint",
             "packing_version",
             "tokenizer_fingerprint",
+            "template",
+            "rows_per_step",
+            "world_size",
+            "decay",
             "rows_seen",
+            "order",
+            "owes_evaluation",
+            "watch",
             "trained_tokens_seen",
             "progress",
         ),
@@ -142,9 +149,18 @@ def test_rows_per_step_fixes_the_product_and_max_epochs_the_length(arguments, tm
     rows = log["startup_info"]["rows_per_epoch"]
     assert log["startup_info"]["rows_per_step"] == 4
     assert log["startup_info"]["steps"] == log["summary"]["iter"] == -(-2 * rows // 4)
-    with pytest.raises(UserError, match="rows_per_step=3 is no multiple of 2 rows x 1 ranks"):
-        train_sft.main(arguments(**changes, rows_per_step=3, batch_size=2, out_dir=tmp_path / "other"))
-    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 2}, {"batch_size": 4}])
+def test_empty_rows_that_fill_up_a_step_change_nothing(arguments, tmp_path, change):
+    options = {"gradient_accumulation_steps": "none", "rows_per_step": 3, "dtype": "float64"}
+    train_sft.main(arguments(**options, out_dir=tmp_path / "even"))
+    train_sft.main(arguments(**options, **change, out_dir=tmp_path / "uneven"))
+    even, uneven = (run_log(tmp_path / name)["training_iterations"] for name in ("even", "uneven"))
+    for one, two in zip(even, uneven, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-12)
+        for name in ("tokens", "trained_tokens", "order"):
+            assert two[name] == one[name]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +198,8 @@ def test_a_base_with_a_smaller_vocabulary_grows_and_says_so(arguments, tmp_path,
 
 def test_another_weight_decay_on_resume_is_used(arguments, tmp_path):
     train_sft.main(arguments())
-    train_sft.main(arguments(resume="auto", max_iters=8, weight_decay=0.5, beta1=0.1))
+    changes = {"weight_decay": 0.5, "beta1": 0.1, "allow_change": "decay,weight_decay,beta1"}
+    train_sft.main(arguments(resume="auto", max_iters=8, **changes))
     group = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["optimizer"]["param_groups"][0]
     assert (group["weight_decay"], group["betas"][0]) == (0.5, 0.1)
 
@@ -211,7 +228,7 @@ def test_the_first_lines_say_what_a_step_comes_to(arguments, capsys):
 
 def test_a_validation_loss_that_is_no_number_is_never_the_best(arguments, tmp_path, monkeypatch):
     values = iter([3.0, math.nan, 5.0, 6.0])
-    monkeypatch.setattr(Validation, "evaluate", lambda *_: Evaluation(next(values), trained_tokens=1, rows=1))
+    monkeypatch.setattr(Validation, "evaluate", lambda *_, **__: Evaluation(next(values), trained_tokens=1, rows=1))
     train_sft.main(arguments(eval_interval=1, max_iters=3))
     log = run_log(tmp_path / "out")
     assert [record["is_best"] for record in log["eval_steps"]] == [False, False, True, False]
@@ -222,9 +239,9 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(arguments, tmp_pa
 
 def test_the_best_evaluation_is_remembered_over_a_resume(arguments, tmp_path, monkeypatch):
     values = iter([9.0, 2.0, 3.0])
-    monkeypatch.setattr(Validation, "evaluate", lambda *_: Evaluation(next(values), trained_tokens=1, rows=1))
+    monkeypatch.setattr(Validation, "evaluate", lambda *_, **__: Evaluation(next(values), trained_tokens=1, rows=1))
     train_sft.main(arguments(max_iters=4))
-    train_sft.main(arguments(max_iters=5, resume="required"))
+    train_sft.main(arguments(max_iters=5, resume="required", lr_decay_iters=4))
     assert run_log(tmp_path / "out")["eval_steps"] == [mock.ANY]
     assert not run_log(tmp_path / "out")["eval_steps"][0]["is_best"]
     assert torch.load(tmp_path / "out" / "ckpt_best.pt", weights_only=True)["iter_num"] == 4
@@ -292,7 +309,7 @@ class TestRefusals:
     def test_a_plain_start_where_checkpoints_are(self, arguments, tmp_path):
         train_sft.main(arguments())
         self.refused(arguments(), r"already holds checkpoints, the newest is ckpt_000004\.pt; go on .* --resume=auto")
-        train_sft.main(arguments(resume="auto", max_iters=6))
+        train_sft.main(arguments(resume="auto", max_iters=6, lr_decay_iters=4))
         assert run_log(tmp_path / "out")["summary"]["iter"] == 6
 
     @pytest.mark.parametrize("resume", ["never", "auto"])
@@ -328,7 +345,7 @@ class TestRefusals:
         (other / "meta.json").write_text(json.dumps(meta))
         self.refused(
             arguments(resume="auto", sft_data_dir=other, seed=5),
-            r"(?s)cannot be resumed.*sft_data_dir: .* other data.*seed: the run was started with 1337, not with 5",
+            r"(?s)cannot be resumed.*data: .* other data.*seed: the run was started with 1337, not with 5",
         )
 
     def test_a_refused_resume_leaves_the_run_as_it_was(self, arguments, prepared, tmp_path):
@@ -341,7 +358,7 @@ class TestRefusals:
         meta = json.loads((other / "meta.json").read_text())
         meta["tokenizer_fingerprint"] = "f" * 64
         (other / "meta.json").write_text(json.dumps(meta))
-        self.refused(arguments(resume="auto", sft_data_dir=other), "sft_data_dir: .* other data")
+        self.refused(arguments(resume="auto", sft_data_dir=other), "tokenizer: .* was prepared with another one")
         self.refused(arguments(resume="auto", model={**SHAPE, "n_layer": 3}), "model: the run was started with")
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
@@ -351,7 +368,9 @@ class TestRefusals:
         content = torch.load(path, weights_only=True)
         content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(2)
         torch.save(content, path)
-        self.refused(arguments(resume="auto", max_iters=8), r"optimizer state does not fit the model \(exp_avg")
+        self.refused(
+            arguments(resume="auto", max_iters=8, lr_decay_iters=4), r"optimizer state does not fit the model \(exp_avg"
+        )
 
     def test_a_row_shorter_than_a_sample(self, arguments, tmp_path):
         self.refused(arguments(block_size=16), r"the longest sample of train has \d+ tokens, block_size is 16")
@@ -379,11 +398,11 @@ class TestRefusals:
             "beta2 must be float, not 'nan'",
             "set checkpoint_path or model: one of the two",
             "checkpoint_path 'nowhere.pt' does not exist",
-            "unknown field 'n_layers'; did you mean 'n_layer'?",
-            "set max_iters or max_epochs: one of the two",
             "warmup_iters must be 0 or more, not -1",
             "dropout must be at least 0 and below 1, not 1.5",
             "min_lr 1.0 is above learning_rate 0.01",
+            "set max_iters or max_epochs: one of the two",
+            "unknown field 'n_layers'; did you mean 'n_layer'?",
         ]
         wrong["model"] = {**SHAPE, "n_layers": 3}
         self.refused(arguments(**wrong, beta2="nan"), "(?s)" + ".*".join(map(re.escape, sentences)))

@@ -1,0 +1,79 @@
+"""What makes a resumed run the same run; what else may change, on request and by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from sft.arrays import PreparedData
+from sft.packing import PACKING_VERSION
+
+# Settings that decide which numbers come out; all others decide how fast, how often, or where.
+OF_THE_ORDER = ("seed", "block_size")
+OF_THE_SCHEDULE = ("learning_rate", "min_lr", "lr_schedule", "warmup_iters")
+OF_THE_UPDATE = ("weight_decay", "beta1", "beta2", "grad_clip", "dropout", "skip_spikes")
+SETTINGS = (*OF_THE_ORDER, *OF_THE_SCHEDULE, *OF_THE_UPDATE)
+CHANGEABLE = (*SETTINGS, "data", "template", "decay", "rows_per_step")
+
+
+def identity(data: PreparedData, *, rows_per_step: int, world_size: int, decay: int | None) -> dict[str, Any]:
+    """What a checkpoint tells of its run beside the settings; `decay`: at which step the learning rate is min_lr."""
+    return {
+        "data_fingerprint": data.fingerprint,
+        "tokenizer_fingerprint": data.meta["tokenizer_fingerprint"],
+        "template": data.meta["template"],
+        "packing_version": PACKING_VERSION,
+        "rows_per_step": rows_per_step,
+        "world_size": world_size,
+        "decay": decay,
+    }
+
+
+def differences(
+    saved: Mapping[str, Any], settings: Any, now: Mapping[str, Any], *, allowed: Collection[str]
+) -> Iterator[str]:
+    """What is not as in the run that wrote `saved`, in words; `now` is this run's identity.
+
+    Left out is what the caller allows, and what old checkpoints do not tell.
+    """
+    # checkpoints of the first packing do not tell
+    if (packing := saved.get("packing_version", 1)) != PACKING_VERSION:
+        yield (
+            f"its rows were packed by version {packing} of the packing, this program has version {PACKING_VERSION}; "
+            "go on with the program that wrote it, or start from it with --checkpoint_path"
+        )
+    then = saved["config"]
+    if then.get("model") != settings.model:
+        yield f"model: the run was started with {then.get('model')}, not with {settings.model}"
+    if saved.get("tokenizer_fingerprint", now["tokenizer_fingerprint"]) != now["tokenizer_fingerprint"]:
+        yield f"tokenizer: {settings.sft_data_dir} was prepared with another one"
+    elif saved.get("template", now["template"]) != now["template"]:
+        if "template" not in allowed:
+            yield f"template: {settings.sft_data_dir} has {now['template']}, the run began with {saved['template']}"
+    elif saved["data_fingerprint"] != now["data_fingerprint"] and "data" not in allowed:
+        yield f"data: {settings.sft_data_dir} holds other data than the run was started with"
+    for name in SETTINGS:
+        value = getattr(settings, name)
+        if name not in allowed and then.get(name, value) != value:
+            yield f"{name}: the run was started with {then[name]}, not with {value}"
+    if saved.get("rows_per_step", now["rows_per_step"]) != now["rows_per_step"] and "rows_per_step" not in allowed:
+        yield f"rows_per_step: a step had {saved['rows_per_step']} rows, and would have {now['rows_per_step']}"
+    if saved.get("decay", now["decay"]) != now["decay"] and "decay" not in allowed:
+        yield (
+            f"decay: the learning rate was to reach its end at step {saved['decay']}, not {now['decay']}; "
+            f"lr_decay_iters={saved['decay']} keeps that"
+        )
+
+
+def rows_of_a_step(settings: Any, *, world_size: int, saved: Mapping[str, Any] | None) -> int:
+    """rows_per_step, or what batch_size and gradient_accumulation_steps come to.
+
+    A resumed run on another number of ranks keeps the rows of its steps: the accumulation follows.
+    """
+    if settings.rows_per_step is not None:
+        return settings.rows_per_step
+    product = ("rows_per_step", "batch_size", "gradient_accumulation_steps")
+    of_other_size = saved is not None and saved.get("world_size", world_size) != world_size
+    if saved and of_other_size and all(saved["config"].get(name) == getattr(settings, name) for name in product):
+        return saved["rows_per_step"]
+    return settings.batch_size * (settings.gradient_accumulation_steps or 1) * world_size

@@ -1,0 +1,73 @@
+"""Signals that ask a run to stop: noted at once, obeyed between two steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from types import FrameType
+from typing import Self
+
+from sft.errors import EXIT_INTERRUPTED
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_SECONDS = 1.0  # torchrun passes on a Ctrl-C that its processes have had from the terminal: both are one
+LAST_WORDS_SECONDS = 5.0  # for the log, once a second Ctrl-C has been pressed
+
+
+class Presses:
+    """How often Ctrl-C was pressed, told by the times at which SIGINT came."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    def is_second(self, now: float) -> bool:
+        """Count one SIGINT; True if it is another press than the first."""
+        if self._first is None:
+            self._first = now
+        return now - self._first > SAME_SECONDS
+
+
+class StopSignals:
+    """While it is entered, SIGTERM, SIGINT and SIGUSR1 are requests to stop; a second SIGINT stops at once.
+
+    At once: KeyboardInterrupt is raised where the main thread is, and a thread ends the process a few seconds later,
+    since what waits for another rank may never come back to the interpreter. The main thread alone may enter it.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None  # the first one
+        self._presses = Presses()
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        self._heard, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+        self._fd_before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._listener.start()
+        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+        signal.set_wakeup_fd(self._fd_before)
+        self._wake.close()  # the end of what the listener hears
+        self._listener.join()
+        self._heard.close()
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number)
+        if number == signal.SIGINT and self._presses.is_second(time.monotonic()):
+            raise KeyboardInterrupt
+
+    def _listen(self) -> None:
+        presses = Presses()
+        while numbers := self._heard.recv(64):
+            for number in numbers:
+                if number == signal.SIGINT and presses.is_second(time.monotonic()):
+                    time.sleep(LAST_WORDS_SECONDS)
+                    os._exit(EXIT_INTERRUPTED)
