@@ -162,3 +162,13 @@ def test_a_run_with_auto_says_so_and_changes_no_bit(arguments, tmp_path, capsys)
         weights.append(torch.load(tmp_path / mode / "ckpt.pt", weights_only=True)["model"])
     assert "activation_checkpointing=none of auto: estimated none" in capsys.readouterr().out
     assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+
+
+def test_logits_on_a_cpu_are_counted_once_and_stay():
+    """Their memory is kept from call to call: in the second micro-step it is there already, not there again."""
+    trained = int(workload().batch.trained_tokens)
+    logits = trained * workload().model.vocab_size * 4
+    one, two = (estimate(workload(kernel="torch", micro_steps=steps), "none") for steps in (1, 2))
+    assert one.parts["head and loss"] >= logits
+    gradient = workload().model.head_weight.nbytes
+    assert two.parts["head and loss"] == pytest.approx(one.parts["head and loss"], abs=gradient + 0.1 * logits)
