@@ -1,0 +1,230 @@
+"""The rows of a run, whatever the number of ranks and the interruptions, and what it may not be resumed with.
+
+Ranks are separate processes. With float64 the losses of different worlds differ by the order of their sums alone.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train_sft
+from sft.continuity import CHANGEABLE
+from sft.errors import UserError
+from tests.conftest import ROOT
+from tests.launch import torchrun
+from tests.preparing import exchange, prepare, write_lines
+from tests.ranks import run_ranks
+from tests.tiny_tokenizer import save_tiny_tokenizer
+
+slow = pytest.mark.slow
+ROUNDING = 1e-12  # relative
+STEPS, HALF = 4, 2
+# dropout, the end of an epoch of 11 rows, and evaluations: what could depend on the ranks or on an interruption
+OPTIONS = {
+    "max_iters": STEPS,
+    "lr_decay_iters": STEPS,
+    "dropout": 0.1,
+    "dtype": "float64",
+    "eval_interval": HALF,
+    "eval_rows": 5,
+    "save_interval": "none",
+}
+
+
+def fixed(rows_per_step: int) -> dict[str, Any]:
+    return {"gradient_accumulation_steps": "none", "rows_per_step": rows_per_step}
+
+
+def run_logs(folder: Path) -> list[dict[str, Any]]:
+    """Of all starts in a folder, the oldest first."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("run_*.json"))]
+
+
+def records(folder: Path) -> dict[int, dict[str, Any]]:
+    """What the logs of a folder tell of each step; none may be told of twice."""
+    told = [record for log in run_logs(folder) for record in log["training_iterations"]]
+    assert len({record["iter"] for record in told}) == len(told)
+    return {record["iter"]: record for record in told}
+
+
+def validation_losses(folder: Path) -> dict[int, float]:
+    return {record["iter"]: record["val_loss"] for log in run_logs(folder) for record in log["eval_steps"]}
+
+
+def last_checkpoint(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "ckpt.pt", weights_only=True)
+
+
+def assert_same_steps(got: Path, expected: Path) -> None:
+    """The same rows in each step, and up to rounding the same losses and gradients."""
+    one, two = records(expected), records(got)
+    assert list(two) == list(one) == list(range(1, STEPS + 1))
+    for step, record in one.items():
+        for name in ("order", "tokens", "trained_tokens", "lr"):
+            assert two[step][name] == record[name], (step, name)
+        for name in ("loss", "grad_norm"):
+            assert two[step][name] == pytest.approx(record[name], rel=ROUNDING), (step, name)
+    assert validation_losses(got) == pytest.approx(validation_losses(expected), rel=ROUNDING)
+    assert last_checkpoint(got)["order"] == last_checkpoint(expected)["order"] == one[STEPS]["order"]
+    assert last_checkpoint(got)["rows_seen"] == last_checkpoint(expected)["rows_seen"]
+
+
+@pytest.fixture(scope="module")
+def of_one(tmp_path_factory) -> Callable[..., Path]:
+    """The folder of a run of one process, uninterrupted, by its rows per step."""
+    folders: dict[int, Path] = {}
+
+    def run(arguments: Callable[..., list[str]], rows_per_step: int) -> Path:
+        if rows_per_step not in folders:
+            folder = tmp_path_factory.mktemp(f"one_{rows_per_step}")
+            train_sft.main(arguments(**OPTIONS, **fixed(rows_per_step), out_dir=folder))
+            folders[rows_per_step] = folder
+        return folders[rows_per_step]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("processes", "rows_per_step"),
+    [*((size, 7) for size in (2, 3, 4, 6)), *(pytest.param(size, 6, marks=slow) for size in (2, 3, 4, 6))],
+)
+def test_each_step_has_the_same_rows_and_losses_on_any_number_of_ranks(
+    arguments, tmp_path, of_one, processes, rows_per_step
+):
+    """Dropout included. 7 rows come out even on no number of ranks: empty ones fill them up."""
+    assert run_ranks(processes, arguments(**OPTIONS, **fixed(rows_per_step), out_dir=tmp_path)) == [0] * processes
+    assert_same_steps(tmp_path, of_one(arguments, rows_per_step))
+    assert last_checkpoint(tmp_path)["world_size"] == processes
+
+
+@slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_under_torchrun_steps_have_the_rows_and_losses_of_one_process(arguments, tmp_path, of_one, processes):
+    torchrun(processes, ROOT / "train_sft.py", *arguments(**OPTIONS, **fixed(7), out_dir=tmp_path))
+    assert_same_steps(tmp_path, of_one(arguments, 7))
+
+
+@pytest.mark.parametrize("processes", [1, 3, pytest.param(4, marks=slow), pytest.param(6, marks=slow)])
+def test_a_run_of_two_ranks_goes_on_with_the_next_rows_on_another_number(arguments, tmp_path, of_one, processes):
+    """2 ranks x 3 micro-steps = 6 rows, which stay 6: how many micro-steps they take follows from the ranks."""
+    options = {**OPTIONS, "gradient_accumulation_steps": 3, "out_dir": tmp_path}
+    assert run_ranks(2, arguments(**{**options, "max_iters": HALF})) == [0, 0]
+    assert run_ranks(processes, arguments(**options, resume="required")) == [0] * processes
+    assert_same_steps(tmp_path, of_one(arguments, 6))
+    told = run_logs(tmp_path)[-1]["startup_info"]
+    assert (told["world_size"], told["rows_per_step"]) == (processes, 6)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"batch_size": 1, **fixed(6)}, {"batch_size": 4, **fixed(6)}),
+        (
+            {"batch_size": 2, "gradient_accumulation_steps": 3},
+            {"batch_size": 3, "gradient_accumulation_steps": 2},
+        ),
+    ],
+)
+def test_another_batch_size_neither_repeats_nor_skips_a_row(arguments, tmp_path, before, after):
+    """Without dropout, whose seeds go with the micro-batches."""
+    options = {**OPTIONS, "dropout": 0.0}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_sft.main(arguments(**{**options, **before}, out_dir=whole))
+    train_sft.main(arguments(**{**options, **before, "max_iters": HALF}, out_dir=broken))
+    train_sft.main(arguments(**{**options, **after}, out_dir=broken, resume="required"))
+    assert_same_steps(broken, whole)
+
+
+# what makes a resumed run another one, by the name that it is refused by
+CHANGES: dict[str, dict[str, Any]] = {
+    "learning_rate": {"learning_rate": 2e-2},
+    "min_lr": {"min_lr": 2e-3},
+    "lr_schedule": {"lr_schedule": "linear"},
+    "warmup_iters": {"warmup_iters": 1},
+    "decay": {"lr_decay_iters": 9},
+    "seed": {"seed": 7},
+    "block_size": {"block_size": 80},
+    "weight_decay": {"weight_decay": 0.5},
+    "beta1": {"beta1": 0.5},
+    "beta2": {"beta2": 0.5},
+    "grad_clip": {"grad_clip": "none"},
+    "dropout": {"dropout": 0.2},
+    "skip_spikes": {"skip_spikes": True},
+    "rows_per_step": {"gradient_accumulation_steps": 3},
+    "data": {"sft_data_dir": "other"},
+    "template": {"sft_data_dir": "thinking"},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the data of the run is, and other data."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, count, template in (("data", 12, "chatml"), ("other", 13, "chatml"), ("thinking", 12, "qwen3")):
+        exchanges = [exchange(f"cat {number}?", "hat " * (number + 1)) for number in range(count)]
+        write_lines(folder / "input.jsonl", exchanges)
+        prepare(folder, out=name, template=template, block_size=64, val_fraction=0.2)
+    (folder / "foreign").mkdir()
+    foreign = save_tiny_tokenizer(folder / "foreign", texts=["other words make other tokens"])
+    prepare(folder, out="tokenizer", tokenizer=foreign, block_size=64, val_fraction=0.2)
+    return folder
+
+
+@pytest.fixture
+def resume(arguments, folder, tmp_path) -> Callable[..., dict[str, Any]]:
+    """Resumes a run of two steps with other settings until the fourth; the new log."""
+
+    def go_on(**changes: Any) -> dict[str, Any]:
+        given = {"max_iters": 4, "lr_decay_iters": 4, "eval_interval": "none", **changes}
+        given["sft_data_dir"] = folder / given.get("sft_data_dir", "data")
+        train_sft.main(arguments(**given, out_dir=tmp_path / "out", resume="required"))
+        return run_logs(tmp_path / "out")[-1]
+
+    if not (folder / "begun").exists():
+        given = {"max_iters": 2, "lr_decay_iters": 4, "eval_interval": "none", "sft_data_dir": folder / "data"}
+        train_sft.main(arguments(**given, out_dir=folder / "begun"))
+    shutil.copytree(folder / "begun", tmp_path / "out")
+    return go_on
+
+
+def test_every_change_that_can_be_let_through_is_tested():
+    assert sorted(CHANGES) == sorted(CHANGEABLE)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_refused_by_its_name_and_let_through_by_it(name, resume):
+    others = ",".join(other for other in CHANGEABLE if other not in (name, *implied(name)))
+    with pytest.raises(UserError, match=rf"(?m)cannot be resumed[^\n]*\n  {name}: [^\n]*\n  what is meant"):
+        resume(**CHANGES[name], allow_change=others)
+    log = resume(**CHANGES[name], allow_change=name)
+    assert (log["status"], log["summary"]["iter"]) == ("finished", 4)
+
+
+def implied(name: str) -> list[str]:
+    """Another template makes other data: who lets it through has let them through."""
+    return ["template"] if name == "data" else []
+
+
+def test_all_changes_are_told_of_at_once(resume):
+    with pytest.raises(UserError, match=r"(?s)  data: .*  seed: .*  learning_rate: .*  dropout: .*  decay: "):
+        resume(sft_data_dir="other", seed=7, learning_rate=1, dropout=0.2, lr_decay_iters=9)
+
+
+def test_another_tokenizer_is_refused_whatever_may_change(resume):
+    with pytest.raises(UserError, match=r"tokenizer: .*tokenizer was prepared with another one"):
+        resume(sft_data_dir="tokenizer", allow_change=",".join(CHANGEABLE))
+
+
+def test_a_refused_resume_changes_no_file(resume, tmp_path):
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").glob("[!.]*")}
+
+    before = contents()
+    with pytest.raises(UserError, match="seed: "):
+        resume(seed=7)
+    assert contents() == before
