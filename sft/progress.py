@@ -60,7 +60,7 @@ class Progress:
     def add_step(self, loss_sum: Tensor, target_weight: float, skips: Tensor) -> None:
         """Count one step by this rank's loss sum and the whole step's target weight. Does not read the device."""
         self._loss_sum += torch.where(skips, 0.0, loss_sum)
-        self._target_weight += ~skips * self._target_weight.new_tensor(target_weight)
+        self._target_weight += (~skips).double() * target_weight
         self._skipped += skips
         self.totals.steps += 1
 
