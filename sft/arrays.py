@@ -14,6 +14,7 @@ import math
 import os
 import reprlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.errors import UserError, listed
-from sft.settings_types import accepts, type_name
+from sft.files import partial_of
+from sft.meta_shape import misfits
+from sft.npy_header import read_npy_header
+from sft.untrusted import MEBIBYTE, is_plain_name, leads_out, read_json
 
 FORMAT = "prepared conversations"
 FORMAT_VERSION = 2
@@ -30,14 +34,10 @@ SPLITS = ("train", "val")
 DTYPES = {"input_ids": "<i4", "labels": "<i4", "offsets": "<i8", "targets": "<f8", "origins": "<i8", "weights": "<f4"}
 WRITTEN = ("input_ids", "labels", "offsets", "targets", "origins")
 AGAIN = "run prepare_sft.py again"
-META_TYPES: dict[str, Any] = {  # what others take from meta.json
-    "arrays": dict[str, dict[str, Any]],
-    "vocab_size": int,
-    "max_id": int,
-    "pad_id": int,
-    "tokenizer_files": list[str],
-    "tokenizer_fingerprint": str,
-}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # and *.tiktoken
+MOST_NAMED = 10  # problems in one message
+LARGEST_META = 64 * MEBIBYTE  # it has a few hundred bytes for each source
+MOST_IDS = 2**24  # of a vocabulary; a model gets a row for each, and the largest there are have a million
 
 
 def file_name(split: str, part: str) -> str:
@@ -46,10 +46,6 @@ def file_name(split: str, part: str) -> str:
 
 def row_shape(part: str) -> tuple[int, ...]:
     return (3,) if part == "origins" else ()
-
-
-def partial_of(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
 
 
 def replaced_files(folder: Path) -> list[Path]:
@@ -63,8 +59,7 @@ class ArrayReader:
 
     def __init__(self, path: Path):
         self.file = open(path, "rb")  # noqa: SIM115  # __exit__ closes it
-        assert np.lib.format.read_magic(self.file) == (1, 0), path
-        shape, _, self.dtype = np.lib.format.read_array_header_1_0(self.file)
+        self.dtype, shape, _ = read_npy_header(self.file)
         self.row_shape = shape[1:]
 
     def take(self, rows: int) -> NDArray[Any]:
@@ -142,20 +137,21 @@ def open_prepared(folder: str | Path) -> PreparedData:
 def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_bytes())
+        meta = read_json(path, most=LARGEST_META)
     except FileNotFoundError as error:
         if any(path.exists() for path in replaced_files(folder)):
             raise UserError(f"{folder}: no meta.json, so preparing it was interrupted; {AGAIN}") from error
         raise UserError(f"{folder}: no prepared data here; make it with prepare_sft.py --out_dir={folder}") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); {AGAIN}") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UserError(f"{path}: not written by prepare_sft.py")
     if meta.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {meta.get('format_version')}, this program reads {FORMAT_VERSION}; {AGAIN}"
+            f"{path}: format version {reprlib.repr(meta.get('format_version'))}, "
+            f"this program reads {FORMAT_VERSION}; {AGAIN}"
         )
     if problems := list(meta_problems(meta, folder)):
         raise listed(f"{path}: damaged; {AGAIN}:", problems)
@@ -164,16 +160,21 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def meta_problems(meta: Mapping[str, Any], folder: Path) -> Iterable[str]:
     """What in meta.json cannot be relied upon."""
-    wrong = [name for name, hint in META_TYPES.items() if not accepts(hint, meta.get(name))]
-    for name in wrong:
-        yield f"{name} must be {type_name(META_TYPES[name])}, not {reprlib.repr(meta.get(name))}"
-    if wrong:
+    if wrong := list(misfits(meta)):
+        yield from wrong[:MOST_NAMED]
         return
+    if meta["vocab_size"] > MOST_IDS:
+        yield f"vocab_size is {meta['vocab_size']:,}, no vocabulary has more than {MOST_IDS:,}"
     if not 0 <= meta["pad_id"] < meta["vocab_size"]:
         yield f"pad_id {meta['pad_id']} is outside the vocabulary of {meta['vocab_size']}"
-    for name in meta["tokenizer_files"]:
-        if Path(name).name != name or not os.path.isfile(folder / name):  # ../x would be copied out of the folder
-            yield f"tokenizer_files names {name!r}, which is no file of this folder"
+    for name in meta["tokenizer_files"]:  # which are copied to the checkpoints: nothing else may be, nor from elsewhere
+        if not is_tokenizer_file(name) or not os.path.isfile(folder / name) or leads_out(folder, folder / name):
+            yield f"tokenizer_files names {reprlib.repr(name)}, which is no tokenizer's file of this folder"
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a preparation writes files of that name for the tokenizer."""
+    return name in TOKENIZER_FILES or (is_plain_name(name) and name.endswith(".tiktoken"))
 
 
 def open_array(path: Path, part: str, arrays: Mapping[str, Any], problems: list[str]) -> np.ndarray | None:
@@ -184,11 +185,11 @@ def open_array(path: Path, part: str, arrays: Mapping[str, Any], problems: list[
             problems.append(f"meta.json does not list {path.name}")
         return None
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
+        array = map_array(path)
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
         return None
-    except (OSError, ValueError, OverflowError) as error:
+    except (OSError, ValueError) as error:
         problems.append(f"{path.name} cannot be read: {error}")
         return None
     found = {"dtype": array.dtype.str, "shape": list(array.shape)}
@@ -202,6 +203,18 @@ def open_array(path: Path, part: str, arrays: Mapping[str, Any], problems: list[
     return None
 
 
+def map_array(path: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped; OSError, or ValueError where header and file do not fit each other."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    with open(path, "rb") as file:
+        dtype, shape, start = read_npy_header(file)
+        held = os.fstat(file.fileno()).st_size - start
+        if held != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"it holds {held:,} bytes, an array of {list(shape)} {dtype.str} has another size")
+        return np.memmap(file, dtype, "r", start, shape)
+
+
 def inconsistencies(samples: Samples) -> Iterable[str]:
     """What does not fit together although each array alone is as announced."""
     tokens, count = len(samples.input_ids), len(samples.targets)
@@ -213,12 +226,22 @@ def inconsistencies(samples: Samples) -> Iterable[str]:
         yield "offsets do not divide the tokens"
 
 
+def damaged_arrays(prepared: PreparedData) -> list[str]:
+    """The arrays whose bytes are not those that were written, as problems; reads all of them, several at a time."""
+    told = prepared.meta["arrays"]
+    known = [file_name(split, part) for split in SPLITS for part in DTYPES]
+    if odd := [reprlib.repr(name) for name in told if name not in known]:  # /dev/zero would never be read to its end
+        return [f"meta.json lists {', '.join(odd)}, no array of such a folder"]
+    with ThreadPoolExecutor() as pool:  # hashing needs no interpreter
+        found = pool.map(sha256_of, [prepared.folder / name for name in told])
+        return [
+            f"{name} does not have the checksum that meta.json gives"
+            for name, checksum in zip(told, found, strict=True)
+            if checksum != told[name].get("sha256")
+        ]
+
+
 def verify_checksums(prepared: PreparedData) -> None:
     """UserError that lists the arrays whose bytes are not those that were written."""
-    damaged = [
-        f"{name} does not have the checksum that meta.json gives"
-        for name, told in prepared.meta["arrays"].items()
-        if sha256_of(prepared.folder / name) != told.get("sha256")
-    ]
-    if damaged:
+    if damaged := damaged_arrays(prepared):
         raise listed(f"{prepared.folder}: the prepared data is damaged; {AGAIN}:", damaged)

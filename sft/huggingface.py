@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sft.errors import UserError, listed
+from sft.safetensors_header import read_header
+from sft.untrusted import MEBIBYTE, is_plain_name, leads_out, read_json
 
+LARGEST_JSON = 16 * MEBIBYTE  # of config.json and the index; the largest published index has 9
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -107,26 +109,36 @@ def architecture_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
     kind = config.get("model_type")
     if kind != "qwen3":
-        yield f"model_type is {kind!r}; only 'qwen3' (dense) is known"
+        yield f"model_type is {reprlib.repr(kind)}; only 'qwen3' (dense) is known"
         return
     sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads", "intermediate_size")
-    for name in (*sizes, "vocab_size", "max_position_embeddings"):
-        if not isinstance(config.get(name), int):
-            yield f"{name} must be a whole number, not {config.get(name)!r}"
-    if not isinstance(config.get("head_dim", 128), int):
-        yield f"head_dim must be a whole number, not {config['head_dim']!r}"
+    for name in (*sizes, "vocab_size", "max_position_embeddings", "head_dim"):
+        value = config.get(name, 128 if name == "head_dim" else None)
+        if type(value) is not int:
+            yield f"{name} must be a whole number, not {reprlib.repr(value)}"
     for name, supported in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
-        if config.get(name, supported) != supported:
-            yield f"{name} {config[name]!r} is not supported, only {supported!r}"
-    layers = config.get("layer_types") or []
-    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
+        value = config.get(name, supported)
+        if value != supported or type(value) is not type(supported):
+            yield f"{name} {reprlib.repr(value)} is not supported, only {supported!r}"
+    layers = config.get("layer_types")
+    if layers is not None and (not isinstance(layers, list) or any(layer != "full_attention" for layer in layers)):
         yield f"layer_types {reprlib.repr(layers)} are not supported, only 'full_attention'"
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = config.get(name) or {}
+    elif layers is not None and len(layers) != config.get("num_hidden_layers"):
+        yield f"layer_types has {len(layers)} entries, num_hidden_layers is {config.get('num_hidden_layers')}"
+    yield from _unsupported_rotation(config)
+
+
+def _unsupported_rotation(config: Mapping[str, Any]) -> Iterator[str]:
+    for name, read in (("rope_scaling", {"rope_type", "type"}), ("rope_parameters", {"rope_type", "rope_theta"})):
+        rope = config.get(name)
+        if rope is None:
+            continue
         if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-            yield f"{name} {rope} is not supported, only the default rotation"
-        elif unread := sorted(rope.keys() - {"rope_type", "type", "rope_theta"}):
-            yield f"{name} has {', '.join(unread)}, which is not supported; only rope_type and rope_theta are"
+            yield f"{name} {reprlib.repr(rope)} is not supported, only the default rotation"
+        elif unread := sorted(rope.keys() - read):
+            yield f"{name} has {', '.join(unread)}, which is not supported; only {' and '.join(sorted(read))} are"
+        elif "rope_theta" in config and rope.get("rope_theta", config["rope_theta"]) != config["rope_theta"]:
+            yield f"rope_theta is {reprlib.repr(config['rope_theta'])}, {name} has another, {rope['rope_theta']!r}"
 
 
 class StoredTensor(NamedTuple):
@@ -139,50 +151,73 @@ class StoredTensor(NamedTuple):
 
     def read(self) -> Tensor:
         """The tensor, mapped from its file, which stays mapped only as long as the tensor lives."""
-        with safe_open(self.file, framework="pt") as opened:
-            return opened.get_tensor(self.name)
+        try:
+            with safe_open(self.file, framework="pt") as opened:
+                tensor = opened.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.file}: cannot be read any more ({error}); was it changed?") from error
+        assert (tuple(tensor.shape), tensor.dtype) == (self.shape, self.dtype), self
+        return tensor
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json."""
-    return _read_json(folder / "config.json")
+    return _read_object(folder / "config.json")
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists, by name."""
+    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists, by name.
+
+    UserError for a file that is damaged, that lies elsewhere, or whose tensors are not those that the index tells.
+    """
     tensors = {}
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (no mapping: it has keys() and no iteration)
-                    view = opened.get_slice(name)
-                    dtype = FLOATS.get(view.get_dtype(), view.get_dtype())
-                    tensors[name] = StoredTensor(tuple(view.get_shape()), dtype, name, file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: damaged or cut short ({error}); fetch it again") from error
+    for file, told in _weight_files(folder).items():
+        if leads_out(folder, file):
+            raise UserError(f"{file}: leads to {file.resolve()}, out of its folder; put the file itself there")
+        entries = read_header(file)
+        if told is not None and told != entries.keys():
+            raise listed(f"{file}: does not hold what the index says; fetch both again:", _differences(told, entries))
+        for name, entry in entries.items():
+            tensors[name] = StoredTensor(entry.shape, FLOATS.get(entry.dtype, entry.dtype), name, file)
     return tensors
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+def _differences(told: Collection[str], held: Collection[str]) -> list[str]:
+    missing, unexpected = sorted(set(told) - set(held)), sorted(set(held) - set(told))
+    return [
+        f"{len(names)} {what}, as {reprlib.repr(names[0])}"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The files with weights and the names of the tensors in each; None = no index tells them."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():
-        single = folder / "model.safetensors"
         if not single.is_file():
-            raise UserError(f"{folder}: holds neither model.safetensors nor {index.name}; other formats are not read")
-        return [single]
-    weight_map = _read_json(index).get("weight_map")
+            raise UserError(f"{folder}: holds neither {single.name} nor {index.name}; other formats are not read")
+        return {single: None}
+    weight_map = _read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index}: 'weight_map' must map each tensor's name to a file's")
-    files = [folder / name for name in sorted(set(weight_map.values()))]
+    shards: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        shards.setdefault(shard, set()).add(name)
+    if odd := sorted(name for name in shards if not is_plain_name(name) or not name.endswith(".safetensors")):
+        raise UserError(f"{index}: names {reprlib.repr(odd[0])}, which is no *.safetensors file beside it")
+    if single.is_file() and single.name not in shards:
+        raise UserError(f"{folder}: holds {single.name} and {index.name}, which is of other files; remove the old ones")
+    files = {folder / name: names for name, names in sorted(shards.items())}
     if missing := [file.name for file in files if not file.is_file()]:
         raise listed(f"{folder}: {len(missing)} of {len(files)} shards are missing:", missing)
-    return files
+    return dict(files)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path, most=LARGEST_JSON)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not an object")

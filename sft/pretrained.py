@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +103,9 @@ def open_pretrained(path: Path) -> Pretrained:
             fields = huggingface.architecture_fields(config)
         except UserError as error:
             raise UserError(f"{path / 'config.json'}: {error}") from error
-        return Pretrained(path, fields, huggingface.stored_tensors(path), huggingface.name_table(fields))
+        tensors = huggingface.stored_tensors(path)
+        _refuse_too_many_layers(path, fields, tensors)
+        return Pretrained(path, fields, tensors, huggingface.name_table(fields))
     return _open_checkpoint(checkpoint_file(path))
 
 
@@ -129,7 +132,9 @@ def _open_checkpoint(path: Path) -> Pretrained:
     fields = {name: value for name, value in fields.items() if name not in FOREIGN_FIELDS}
     tensors: dict[str, MappedTensor] = {}
     for given, tensor in state.items():
-        name = _unwrapped(str(given))
+        if not isinstance(given, str) or not given.isprintable():
+            raise UserError(f"{path}: {reprlib.repr(given)} is no name of a tensor")
+        name = _unwrapped(given)
         if DERIVED_BUFFERS.search(name):
             continue
         if not isinstance(tensor, Tensor):
@@ -137,7 +142,15 @@ def _open_checkpoint(path: Path) -> Pretrained:
         if name in tensors:
             raise UserError(f"{path}: holds {name} twice, with and without a wrapper's prefix")
         tensors[name] = MappedTensor(tensor)
+    _refuse_too_many_layers(path, fields, tensors)
     return Pretrained(path, fields, tensors, table=None)
+
+
+def _refuse_too_many_layers(path: Path, fields: Mapping[str, Any], tensors: Collection[str]) -> None:
+    """UserError before anything is made for each layer of an architecture whose tensors are not there."""
+    layers = fields.get("n_layer")
+    if isinstance(layers, int) and layers > len(tensors):
+        raise UserError(f"{path}: its architecture has {layers:,} layers, but it holds only {len(tensors):,} tensors")
 
 
 def _unwrapped(name: str) -> str:

@@ -9,7 +9,13 @@ from sft.prepared_writer import PreparedWriter
 from tests.made_data import write_prepared
 
 SAMPLES = {"train": [([1, 2, 3], [-100, 2, 3]), ([4, 5], [-100, 5])], "val": [([6, 7, 8, 9], [6, -100, -100, 9])]}
-FACTS = {"vocab_size": 10, "pad_id": 0, "tokenizer_files": [], "tokenizer_fingerprint": "f" * 64}
+FACTS = {
+    "vocab_size": 10,
+    "pad_id": 0,
+    "tokenizer_files": [],
+    "tokenizer_fingerprint": "f" * 64,
+    "template": "chatml",
+}
 
 
 @pytest.fixture
@@ -144,17 +150,17 @@ DAMAGES = {
     "not valid JSON": lambda folder: truncate(folder / "meta.json") or truncate(folder / "meta.json"),
     "not written by prepare_sft.py": lambda folder: (folder / "meta.json").write_text("[]"),
     "format version 99, this program reads 2": lambda f: edit_meta(f, lambda meta: meta.update(format_version=99)),
-    "arrays must be dict[str, dict[str, Any]], not None": lambda f: edit_meta(f, lambda meta: meta.pop("arrays")),
-    "vocab_size must be int, not None": lambda folder: edit_meta(folder, lambda meta: meta.pop("vocab_size")),
-    "max_id must be int, not '9'": lambda folder: edit_meta(folder, lambda meta: meta.update(max_id="9")),
+    "arrays must be an object, not None": lambda f: edit_meta(f, lambda meta: meta.pop("arrays")),
+    "vocab_size must be a whole number from 0, not None": lambda folder: edit_meta(folder, lambda meta: meta.pop("vocab_size")),
+    "max_id must be a whole number, not '9'": lambda folder: edit_meta(folder, lambda meta: meta.update(max_id="9")),
     "pad_id 10 is outside the vocabulary of 10": lambda f: edit_meta(f, lambda meta: meta.update(pad_id=10)),
     "pad_id -1 is outside": lambda folder: edit_meta(folder, lambda meta: meta.update(pad_id=-1)),
-    "tokenizer_files must be list[str]": lambda f: edit_meta(f, lambda meta: meta.update(tokenizer_files="abc")),
+    "tokenizer_files must be a list": lambda f: edit_meta(f, lambda meta: meta.update(tokenizer_files="abc")),
     "tokenizer_files names '../evil'": lambda f: name_tokenizer_file(f, "../evil"),
     "tokenizer_files names '..'": lambda f: name_tokenizer_file(f, ".."),
     "tokenizer_files names 'gone'": lambda f: edit_meta(f, lambda meta: meta.update(tokenizer_files=["gone"])),
-    "tokenizer_fingerprint must be str": lambda f: edit_meta(f, lambda meta: meta.pop("tokenizer_fingerprint")),
-    "not valid JSON (maximum recursion": lambda f: (f / "meta.json").write_text("[" * 100_000 + "]" * 100_000),
+    "tokenizer_fingerprint must be a string": lambda f: edit_meta(f, lambda meta: meta.pop("tokenizer_fingerprint")),
+    "not valid JSON (JSON nested too deeply": lambda f: (f / "meta.json").write_text("[" * 100_000 + "]" * 100_000),
     "meta.json does not list val_labels.npy": lambda f: edit_meta(f, lambda m: m["arrays"].pop("val_labels.npy")),
     "train_labels.npy is missing": lambda folder: (folder / "train_labels.npy").unlink(),
     "val_offsets.npy cannot be read": lambda folder: truncate(folder / "val_offsets.npy"),
