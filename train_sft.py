@@ -215,7 +215,8 @@ def loop(settings: TrainSettings, run: Run, *, steps: int) -> None:
         run.warm_up(evaluates=settings.eval_interval is not None)
     run.start()
     if run.owes_evaluation or run.watch.stops:
-        run.milestone(saves=False)
+        with run.progress.clock_stopped():
+            run.milestone(saves=run.owes_evaluation)  # the checkpoint becomes what it would have been
     while run.iter_num < steps:
         learning_rate = learning_rate_at(
             run.iter_num,
