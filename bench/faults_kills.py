@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ def run_kills(folder: Path, short: bool) -> Outcome:
             stories.append(killed_until_it_ends(data, folder / f"killed_{size}_{number}", whole, size=size))
             stories[-1].number = number
     kills = sum(story.kills for story in stories)
-    stages, whose = (sum((getattr(story, name) for story in stories), Counter()) for name in ("stages", "whose"))
+    stages, whose = (total(getattr(story, name) for story in stories) for name in ("stages", "whose"))
     failures = [failure for story in stories for failure in story.failures]
     least_kills = 1 if short else 50
     if kills < least_kills:
@@ -86,6 +87,10 @@ def run_kills(folder: Path, short: bool) -> Outcome:
         counts=counts,
         seconds=time.monotonic() - started,
     )
+
+
+def total(counts: Iterable[Counter[str]]) -> Counter[str]:
+    return sum(counts, Counter())
 
 
 def undisturbed(data: Path, folder: Path, *, size: int) -> Whole:

@@ -169,8 +169,8 @@ def poison_steps(rank: int, poisons: list[Poison], path: Path) -> None:
             file.write(json.dumps([step[0], before, state_hash(optimizer)]) + "\n")
         return result
 
-    SummedLoss.forward = poisoned_forward  # type: ignore[method-assign]
-    sft.run.train_step = noted_step
+    SummedLoss.forward = poisoned_forward  # type: ignore[method-assign, assignment]
+    sft.run.train_step = noted_step  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

@@ -144,8 +144,8 @@ def write_down_rows(path: Path) -> None:
             file.write(json.dumps([current[0], noted]) + "\n")
         return result
 
-    sft.run.Run.update = counted_update  # type: ignore[method-assign]
-    sft.run.train_step = noted_step
+    sft.run.Run.update = counted_update  # type: ignore[method-assign, assignment]
+    sft.run.train_step = noted_step  # type: ignore[assignment]
 
 
 def expected_rows(data: Path, rows_of_steps: Sequence[int]) -> dict[int, list[list[int]]]:
@@ -153,7 +153,8 @@ def expected_rows(data: Path, rows_of_steps: Sequence[int]) -> dict[int, list[li
     prepared = open_prepared(data)
     samples, pad = prepared.splits["train"], prepared.meta["pad_id"]
     stream = RowStream(samples.lengths, block_size=BLOCK_SIZE, seed=SEED)
-    expected, seen = {}, 0
+    expected: dict[int, list[list[int]]] = {}
+    seen = 0
     for step, count in enumerate(rows_of_steps, 1):
         expected[step] = []
         for number in range(seen, seen + count):
