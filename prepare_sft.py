@@ -27,13 +27,14 @@ from sft.conversation import BadRecord, Conversation, text_of
 from sft.data_report import summary
 from sft.duplicates import Leak, find_leaks
 from sft.errors import EXIT_FAILED, UserError, listed, run_program
+from sft.files import copy_whole
 from sft.joining import BadRecords, BadRecordsChoice, Joining
 from sft.preparation import Recipe, TooLong, chunks, default_workers, render_chunk
 from sft.prepared_writer import PreparedWriter, earlier_meta
 from sft.records import Format, ReadOptions, parse_fields
 from sft.sources import Source, find_sources, spool_standard_input
 from sft.templates import JINJA_NAME, TemplateName, jinja_file
-from sft.tokenizer import Tokenizer, copy_whole, load_tokenizer
+from sft.tokenizer import Tokenizer, load_tokenizer
 from sft.workers import Workers
 
 SPOOL = "standard_input.partial"
@@ -235,7 +236,8 @@ def refuse_other_tokenizer(out_dir: Path, tokenizer: Tokenizer, template: Templa
 
     Those under other names count too: load_tokenizer(out_dir) might find them.
     """
-    earlier = earlier_meta(out_dir).get("tokenizer_files", [])
+    told = earlier_meta(out_dir).get("tokenizer_files")
+    earlier = told if isinstance(told, list) else []
     ours = {out_dir / name: file for name, file in tokenizer_files(tokenizer, template).items()}
     found = {path for path in [out_dir / "tokenizer.json", *out_dir.glob("*.tiktoken"), *ours] if path.exists()}
     ours_too = [jinja_file(name) for name in get_args(TemplateName)]  # left by a run whose meta.json is gone

@@ -24,10 +24,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from sft.errors import listed
 from sft.settings_help import IsDataclass, default_of, field_comments, help_text, markdown_table
 from sft.settings_types import checked, options, read_text, type_name
+from sft.untrusted import MEBIBYTE, read_json
 
 __all__ = ["Resolved", "fingerprint", "help_text", "load_settings", "markdown_table", "to_dict"]
 
 COMMAND_LINE = "command line"
+LARGEST_RUN_LOG = 256 * MEBIBYTE  # a million records
 S = TypeVar("S", bound=IsDataclass)
 
 
@@ -253,10 +255,12 @@ def assigned_lines(tree: ast.Module) -> dict[str, int]:
 def read_run_log(path: str) -> list[Given]:
     """The "config" of a run log: what a run was started with, as data."""
     try:
-        log = json.loads(read_bytes(path))
+        log = read_json(Path(path), most=LARGEST_RUN_LOG)
+    except OSError as error:
+        raise ValueError(f"{path}: {(error.strerror or str(error)).lower()}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     config = log.get("config") if isinstance(log, dict) else None
     if not isinstance(config, dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,17 +17,19 @@ from sft.arrays import (
     DTYPES,
     FORMAT,
     FORMAT_VERSION,
+    LARGEST_META,
     SPLITS,
     WRITTEN,
     ArrayReader,
     file_name,
-    partial_of,
     replaced_files,
     row_shape,
     sha256_of,
 )
 from sft.errors import UserError
+from sft.files import into_place, partial_of, write_whole
 from sft.samples import NOT_TRAINED
+from sft.untrusted import read_json
 
 
 class GrowingArray:
@@ -154,11 +155,8 @@ class PreparedWriter:
             "max_id": self.max_id,
             "arrays": dict(zip(names, described, strict=True)),
         }
-        path = self.folder / "meta.json"
-        with open(partial_of(path), "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1, allow_nan=False)
-            file.write("\n")
-            into_place(file, partial_of(path), path)
+        text = json.dumps(meta, indent=1, allow_nan=False) + "\n"
+        write_whole(self.folder / "meta.json", lambda file: file.write(text.encode()))
         self.finished = True
         return meta
 
@@ -180,14 +178,6 @@ class PreparedWriter:
     ) -> None:
         if not self.finished:
             self.discard()
-
-
-def into_place(file: Any, partial: Path, path: Path) -> None:
-    """Put an open file on the disk, close it and give it its name."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(partial, path)
 
 
 def description(array: GrowingArray) -> dict[str, Any]:
@@ -212,12 +202,12 @@ def earlier_meta(folder: Path) -> dict[str, Any]:
     """The meta.json that a writer would replace, {} where there is none; UserError where it is somebody else's."""
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_bytes())
+        meta = read_json(path, most=LARGEST_META)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; choose another folder") from error
-    except (ValueError, RecursionError):
+    except ValueError:
         meta = None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UserError(f"{path}: not written by prepare_sft.py and would be lost; choose another folder")

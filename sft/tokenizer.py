@@ -9,10 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
-import os
 import re
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping, Set
 from functools import cached_property
@@ -31,6 +28,10 @@ from sft.byte_pair import (
     tiktoken_encoder,
 )
 from sft.errors import UserError
+from sft.files import copy_whole
+from sft.untrusted import MEBIBYTE, read_bytes, strict_json
+
+LARGEST_FILE = 128 * MEBIBYTE  # the largest published tokenizer.json has 34
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
@@ -129,18 +130,6 @@ def fingerprint_of(token_bytes: Mapping[int, bytes], control: Set[int]) -> str:
     return hashlib.sha256(b"".join([pack(i, len(token), i in control) + token for i, token in tokens])).hexdigest()
 
 
-def copy_whole(file: Path, target: Path) -> None:
-    """Copy a file so that the target is whole or as it was. An OSError names the target."""
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        shutil.copyfile(file, partial)
-        os.replace(partial, target)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json, a *.tiktoken or a folder that holds one (tokenizer.json goes first)."""
     path = Path(path)
@@ -157,8 +146,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def json_tokenizer(path: Path) -> Tokenizer:
     try:
-        text = path.read_bytes().decode()
-        library, content = tokenizers.Tokenizer.from_str(text), json.loads(text)
+        text = read_bytes(path, most=LARGEST_FILE)
+        content = strict_json(text)
+        library = tokenizers.Tokenizer.from_str(text.decode())
     except Exception as error:  # the library raises nothing more particular
         raise UserError(f"{path}: not a tokenizer.json: {error}") from error
     library.encode_special_tokens = True  # special: true tokens are ordinary text
@@ -200,7 +190,11 @@ def tiktoken_tokenizer(path: Path) -> Tokenizer:
 
 def read_ranks(path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    try:
+        content = read_bytes(path, most=LARGEST_FILE)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         try:
