@@ -1,28 +1,36 @@
-"""Checkpoints on disk: whole or absent, read as data, never as code."""
+"""Checkpoints on disk: whole or absent, verified before use, read as data, never as code."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
-import shutil
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from sft.errors import UserError
+from sft.files import link_whole, partial_of, write_whole
+from sft.seal import ARCHIVE_STARTS, damage, seal
 
-NUMBERED = re.compile(r"ckpt_(\d{6,})\.pt")
+NUMBERED = re.compile(r"ckpt_([0-9]{6,})\.pt")
+NEWEST, BEST = "ckpt.pt", "ckpt_best.pt"  # further names of numbered ones
+FEWEST_WHILE_TRAINING = 2  # of two good ones one may turn out to be damaged
 FOREIGN_OBJECT = re.compile(r"GLOBAL (\S+)")  # what torch.load names when it refuses to build something
-PARTIAL = ".partial"
+NO_CHECKPOINT = "damaged or cut short, or no PyTorch checkpoint at all; use another one"
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+class DamagedCheckpoint(UserError):
+    """The bytes of the file are not those that were written."""
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, Any]:
     """The dict in a checkpoint file, its tensors on the CPU and mapped from the file rather than read.
 
+    `verify` reads the whole file once and compares its checksums; leave it out only where this has been done already.
     Only plain containers and tensors are admitted (`weights_only=True`): nothing in the file is executed.
     Raises UserError when the file is missing, damaged, holds other objects, or is not a dict.
     """
@@ -30,38 +38,88 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; name a ckpt_*.pt file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        with open(path, "rb") as file:
+            is_archive = file.read(len(ARCHIVE_STARTS)) == ARCHIVE_STARTS
+        if verify and is_archive:
+            _verify(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if is_archive else _legacy(path)
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{path}: cannot be read ({reason})") from error
+    except UserError:
+        raise
     except Exception as error:  # whatever bytes that are no checkpoint happen to do to an unpickler
         if found := FOREIGN_OBJECT.search(str(error)):
             raise UserError(
                 f"{path}: refused, since it holds {found[1]}, which is not plain data and could run code when read; "
                 "save it again as a dict of tensors and numbers"
             ) from error
-        raise UserError(f"{path}: damaged or cut short, or no PyTorch checkpoint at all; use another one") from error
+        raise (UserError if is_archive else DamagedCheckpoint)(f"{path}: {NO_CHECKPOINT}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not the dict of a checkpoint")
     return content
 
 
+def _verify(path: Path) -> None:
+    try:
+        found = damage(path)
+    except (OSError, MemoryError) as error:
+        if getattr(error, "errno", None) != errno.EINVAL:  # which is what seeking to a damaged place ends in
+            raise
+        raise DamagedCheckpoint(f"{path}: {NO_CHECKPOINT}") from error
+    except Exception as error:
+        raise DamagedCheckpoint(f"{path}: {NO_CHECKPOINT}") from error
+    if found is not None:
+        raise DamagedCheckpoint(f"{path}: damaged ({found}); use another one")
+
+
+def _legacy(path: Path) -> Any:
+    """The content of a file as PyTorch wrote it before 1.6: no archive, and without checksums."""
+    with open(path, "rb") as file:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if file.read(1):
+            raise ValueError("bytes after its end")
+    return content
+
+
 def save_checkpoint(
-    folder: str | os.PathLike[str], content: dict[str, Any], *, iter_num: int, best: bool, keep: int | None
+    folder: str | os.PathLike[str],
+    content: dict[str, Any],
+    *,
+    iter_num: int,
+    best: bool,
+    keep: int | None,
+    last: bool = False,
 ) -> Path:
     """Write `ckpt_{iter_num}.pt`, point `ckpt.pt` (and `ckpt_best.pt`, if best) at it, keep the newest `keep` of them.
 
-    At every moment the folder holds only whole checkpoints; what a kill leaves behind ends in `.partial`.
+    While training, that is unless it is the `last`, two are kept at least. Nothing is deleted before the new one is
+    safe on the disk. Raises OSError with the older ones as they were; what a kill leaves behind ends in `.partial`.
     """
     folder = Path(folder)
     path = folder / f"ckpt_{iter_num:06d}.pt"
-    _write_whole(path, lambda partial: torch.save(content, partial))
-    _point(folder / "ckpt.pt", path)
+    write_whole(path, lambda file: _write(content, file))
+    link_whole(path, folder / NEWEST)
     if best:
-        _point(folder / "ckpt_best.pt", path)
+        link_whole(path, folder / BEST)
     if keep is not None:
-        for _, old in numbered_checkpoints(folder)[keep:]:
-            old.unlink()
+        # A number beyond this one is of a checkpoint that was passed over: no substitute for one of this run.
+        ours = [old for number, old in numbered_checkpoints(folder) if number <= iter_num]
+        for old in ours[keep if last else max(keep, FEWEST_WHILE_TRAINING) :]:
+            with contextlib.suppress(OSError):  # the next save tries again
+                os.unlink(old)
     return path
+
+
+def _write(content: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # what becomes of any other error in the midst of a record
+        cause: BaseException | None = error
+        while cause is not None and isinstance(cause, RuntimeError):
+            cause = cause.__context__
+        raise (cause or error) from None
+    seal(file)
 
 
 def numbered_checkpoints(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
@@ -73,61 +131,57 @@ def numbered_checkpoints(folder: str | os.PathLike[str]) -> list[tuple[int, Path
     return sorted(found, reverse=True)
 
 
-def newest_checkpoint(folder: str | os.PathLike[str], *, warn: Callable[[str], None]) -> Path | None:
-    """The newest numbered checkpoint of a folder that can be read; None where there is none.
+def newest_checkpoint(
+    folder: str | os.PathLike[str], *, warn: Callable[[str], None], sets_aside: bool = False
+) -> Path | None:
+    """The newest good checkpoint of a folder, verified; None where there is none of ours.
 
-    A damaged newer one is passed over with a warning. Raises UserError when there are some but none can be read.
+    Damaged newer ones are passed over, one warning each, and with `sets_aside` get the name `*.damaged`, under which
+    nothing counts, reads or deletes them. Raises UserError when there are numbered ones but no good one.
     """
-    candidates = numbered_checkpoints(folder)
-    for _, path in candidates:
+    folder, damaged = Path(folder), []
+    for path in _candidates(folder):
         try:
             read_checkpoint(path)
         except UserError as error:
             warn(f"warning: {error}")
+            if isinstance(error, DamagedCheckpoint):
+                damaged.append(path)
         else:
+            for each in damaged if sets_aside else ():
+                _set_aside(each, instead=path)
             return path
-    if candidates:
-        raise UserError(f"{folder}: none of its {len(candidates)} checkpoints can be read; start in another out_dir")
+    if numbered := numbered_checkpoints(folder):
+        raise UserError(f"{folder}: none of its {len(numbered)} checkpoints can be read; start in another out_dir")
     return None
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    """Numbered checkpoints, the newest first; then the other names that are of no numbered one, where they are read."""
+    numbered = [path for _, path in numbered_checkpoints(folder)]
+    yield from numbered
+    others = []
+    for path in (folder / NEWEST, folder / BEST):
+        if not path.is_file() or any(os.path.samefile(path, each) for each in numbered if each.exists()):
+            continue
+        with contextlib.suppress(UserError):
+            if isinstance(iter_num := read_checkpoint(path, verify=False).get("iter_num"), int):
+                others.append((iter_num, path))
+    yield from (path for _, path in sorted(others, reverse=True))
+
+
+def _set_aside(path: Path, *, instead: Path) -> None:
+    """Rename a damaged checkpoint; ckpt.pt, if it is a name of it, is given to the one used instead, others end."""
+    newest, best = path.with_name(NEWEST), path.with_name(BEST)
+    with contextlib.suppress(OSError):  # it will be passed over another time
+        if path != newest and newest.exists() and os.path.samefile(path, newest):
+            link_whole(instead, newest)
+        if path != best and best.exists() and os.path.samefile(path, best):
+            os.unlink(best)
+        os.replace(path, path.with_name(path.name + ".damaged"))
 
 
 def remove_partial_files(folder: str | os.PathLike[str]) -> None:
     """Delete what a killed save left behind."""
-    for path in Path(folder).glob(f"ckpt*{PARTIAL}"):
+    for path in Path(folder).glob(partial_of(Path("ckpt*.pt")).name):
         path.unlink(missing_ok=True)
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Run write(partial path), force it to disk, then rename it to `path` in one atomic act."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _point(name: Path, target: Path) -> None:
-    """Make `name` another name of the file `target`: a hard link, or a copy where the file system has no links."""
-
-    def link_or_copy(partial: Path) -> None:
-        partial.unlink(missing_ok=True)
-        try:
-            os.link(target, partial)
-        except OSError:
-            shutil.copyfile(target, partial)
-
-    _write_whole(name, link_or_copy)
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some network file systems refuse to sync a folder; the rename stands
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

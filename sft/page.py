@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft.arrays import partial_of
 from sft.errors import UserError
-from sft.prepared_writer import into_place
+from sft.files import write_whole
 
 
 def as_json(value: Any) -> str:
@@ -35,14 +34,9 @@ def as_page(template: str, facts: Mapping[str, Any], parts: Sequence[str]) -> by
 
 def save_page(path: Path, page: bytes, *, mark: bytes) -> None:
     """Write the page whole or not at all; UserError where it cannot be, or would replace a file without the mark."""
-    partial = partial_of(path)
     try:
         if path.exists() and not (path.is_file() and mark in path.read_bytes()[:1000]):
             raise UserError(f"{path}: was not written by this program and would be lost; choose another file")
-        with open(partial, "wb") as file:
-            file.write(page)
-            into_place(file, partial, path)
+        write_whole(path, lambda file: file.write(page))
     except OSError as error:
-        if partial.is_file():
-            partial.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another file") from error

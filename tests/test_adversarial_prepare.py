@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,12 +60,12 @@ def test_a_failed_rerun_leaves_a_folder_that_takes_the_other_template(prepare):
 
 
 def test_a_disk_that_fills_up_while_the_tokenizer_is_copied_leaves_no_half_of_it(prepare, tmp_path, monkeypatch):
-    def fills_up(source, target):
-        Path(target).write_bytes(Path(source).read_bytes()[:100])
-        raise OSError(errno.ENOSPC, "No space left on device", str(source))
+    def fills_up(source, target, _):
+        target.write(source.read()[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr(shutil, "copyfile", fills_up)
+        full.setattr(shutil, "copyfileobj", fills_up)
         with pytest.raises(UserError, match=r"data/tokenizer.json: No space left") as error:
             prepare([GOOD])
     assert error.value.exit_status == EXIT_FAILED

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from sft.checkpoint import (
-    newest_checkpoint,
     numbered_checkpoints,
     read_checkpoint,
     remove_partial_files,
@@ -57,37 +56,6 @@ def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
     save(tmp_path, 3, best=True)
     assert read_checkpoint(tmp_path / "ckpt.pt")["iter_num"] == 3
     assert not (tmp_path / "ckpt.pt").samefile(tmp_path / "ckpt_000003.pt")
-
-
-def test_a_save_that_fails_leaves_the_old_checkpoints_and_nothing_else(tmp_path, monkeypatch):
-    save(tmp_path, 1)
-
-    def full_disk(content, path):
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        save(tmp_path, 2)
-    assert names(tmp_path) == ["ckpt.pt", "ckpt_000001.pt"]
-
-
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path):
-    save(tmp_path, 1)
-    whole = save(tmp_path, 2).read_bytes()
-    (tmp_path / "ckpt_000003.pt").write_bytes(whole[: len(whole) // 2])
-    warnings = []
-    found = newest_checkpoint(tmp_path, warn=warnings.append)
-    assert found == tmp_path / "ckpt_000002.pt"
-    assert len(warnings) == 1
-    assert "ckpt_000003.pt: damaged or cut short" in warnings[0]
-
-
-def test_a_folder_with_nothing_but_damage_is_refused_and_an_empty_one_is_not(tmp_path):
-    assert newest_checkpoint(tmp_path, warn=print) is None
-    (tmp_path / "ckpt_000001.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="none of its 1 checkpoints can be read"):
-        newest_checkpoint(tmp_path, warn=lambda _: None)
 
 
 class Malicious:

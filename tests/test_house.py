@@ -39,7 +39,7 @@ LOWEST = {
     ),
     *("duplicates", "workers", "preparation", "tally", "joining", "audit", "ledger", "packing", "arrays"),
     *("untrusted", "npy_header", "meta_shape", "safetensors_header"),
-    *("prepared_writer", "data_summary", "data_report", "sample_view", "sample_choice", "page"),
+    *("files", "seal", "prepared_writer", "data_summary", "data_report", "sample_view", "sample_choice", "page"),
 }
 HIGHEST = {
     "step",
