@@ -3,6 +3,7 @@
 Ranks are separate processes. With float64 the losses of different worlds differ by the order of their sums alone.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 import train_sft
+from sft.arrays import open_prepared
 from sft.continuity import CHANGEABLE
 from sft.errors import UserError
+from sft.packing import RowStream
 from tests.conftest import ROOT
 from tests.launch import torchrun
 from tests.preparing import exchange, prepare, write_lines
@@ -100,6 +103,17 @@ def test_each_step_has_the_same_rows_and_losses_on_any_number_of_ranks(
     assert run_ranks(processes, arguments(**OPTIONS, **fixed(rows_per_step), out_dir=tmp_path)) == [0] * processes
     assert_same_steps(tmp_path, of_one(arguments, rows_per_step))
     assert last_checkpoint(tmp_path)["world_size"] == processes
+
+
+def test_the_order_in_a_log_record_is_a_hash_of_the_data_and_of_every_row_until_then(arguments, prepared, of_one):
+    samples = open_prepared(prepared).splits["train"]
+    stream = RowStream(samples.lengths, block_size=64, seed=1337)
+    order = bytes.fromhex(open_prepared(prepared).fingerprint)[:16]
+    for step in range(STEPS):
+        for row in range(7 * step, 7 * step + 7):
+            indices = b"".join(int(index).to_bytes(8, "little") for index in stream.row(row))
+            order = hashlib.blake2b(indices, digest_size=16, key=order).digest()
+        assert records(of_one(arguments, 7))[step + 1]["order"] == order.hex()
 
 
 @slow
