@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import signal
 import time
@@ -11,12 +9,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from bench.faults_outcome import Fault, Outcome
-from bench.faults_ranks import LOOK_SECONDS, Ranks, differences, log_records, prepare_data, run_arguments
+from bench.faults_ranks import LOOK_SECONDS, Ranks, prepare_data, run_arguments
+from bench.faults_result import Result, compare, partial_files, result_of
 
 SEED = 20
 RUNS = {1: 24, 2: 14, 3: 6}  # world size -> runs
@@ -26,15 +23,12 @@ MOST_STARTS = 12
 START_SECONDS = 60.0  # after which a start that nobody kills has hung
 GLANCE_SECONDS = 0.0002  # between two looks for a save that begins
 STAGES = ("start", "step", "save")
-# what a run comes to; the rest of a checkpoint is of its settings and of the time that it took
-EQUAL = ("model", "optimizer", "iter_num", "rows_seen", "order", "trained_tokens_seen", "val_loss", "best_val_loss")
 
 
 class Whole(NamedTuple):
     """A run that nobody has disturbed."""
 
-    checkpoint: dict[str, Any]
-    records: dict[int, tuple[float, str]]  # step -> loss and order hash of its log record
+    result: Result
     first_step_seconds: float  # from the start until the first record
     seconds: float
 
@@ -62,8 +56,9 @@ def run_kills(folder: Path, short: bool) -> Outcome:
     for size, runs in (SHORT_RUNS if short else RUNS).items():
         whole = undisturbed(data, folder / f"whole_{size}", size=size)
         for number in range(runs):
-            stories.append(killed_until_it_ends(data, folder / f"killed_{size}_{number}", whole, size=size))
-            stories[-1].number = number
+            stories.append(
+                killed_until_it_ends(data, folder / f"killed_{size}_{number}", whole, size=size, number=number)
+            )
     kills = sum(story.kills for story in stories)
     stages, whose = (total(getattr(story, name) for story in stories) for name in ("stages", "whose"))
     failures = [failure for story in stories for failure in story.failures]
@@ -103,13 +98,11 @@ def undisturbed(data: Path, folder: Path, *, size: int) -> Whole:
         assert time.monotonic() - started < START_SECONDS, ranks.last_words()
     assert set(ranks.statuses.values()) == {0}, ranks.last_words()
     seconds = time.monotonic() - started
-    records = {record["iter"]: (record["loss"], record["order"]) for record in log_records(folder / "out")}
-    return Whole(final_checkpoint(folder / "out"), records, first_step or seconds / 2, seconds)
+    return Whole(result_of(folder / "out"), first_step or seconds / 2, seconds)
 
 
-def killed_until_it_ends(data: Path, folder: Path, whole: Whole, *, size: int) -> Story:
+def killed_until_it_ends(data: Path, folder: Path, whole: Whole, *, size: int, number: int) -> Story:
     """One run with up to MOST_KILLS kills, started again with --resume=auto after each, and compared at its end."""
-    number = int(folder.name.rpartition("_")[2])
     draw, story, out_dir = random.Random(f"{SEED} {size} {number}"), Story(size, number), folder / "out"
     planned = draw.randint(1, MOST_KILLS)
     arguments = run_arguments(data, out_dir, resume="auto")
@@ -133,7 +126,7 @@ def killed_until_it_ends(data: Path, folder: Path, whole: Whole, *, size: int) -
     elif statuses != {0}:
         story.fails(f"it has not ended after {story.starts} starts")
     if not story.failures:
-        for problem in compare(out_dir, whole):
+        for problem in compare(out_dir, whole.result):
             story.fails(problem)
     return story
 
@@ -174,42 +167,9 @@ def wait_for_a_save(ranks: Ranks, out_dir: Path, *, seconds: float, skips: int) 
         time.sleep(GLANCE_SECONDS)
 
 
-def partial_files(out_dir: Path) -> list[str]:
-    """What a save has begun and not ended."""
-    try:
-        return [name for name in os.listdir(out_dir) if "ckpt" in name and name.endswith(".partial")]
-    except FileNotFoundError:
-        return []
-
-
 def has_told_of_a_step(outputs: Path) -> bool:
     path = outputs / "0.txt"
     return path.exists() and "  lr " in path.read_text(encoding="utf-8", errors="replace")
-
-
-def compare(out_dir: Path, whole: Whole) -> list[str]:
-    """What is not equal to the undisturbed run, in its last checkpoint or in any record of any log."""
-    checkpoint = final_checkpoint(out_dir)
-    problems = []
-    for name in EQUAL:
-        if places := differences(whole.checkpoint[name], checkpoint[name], name):
-            problems.append(f"{len(places)} parts differ from the undisturbed run, the first is {places[0]}")
-    try:
-        records = log_records(out_dir)
-    except json.JSONDecodeError as error:
-        return [*problems, f"a run log is no JSON: {error}"]
-    for record in records:
-        if whole.records[record["iter"]] != (record["loss"], record["order"]):
-            problems.append(f"the log tells another loss or order of step {record['iter']}")
-    if partial_files(out_dir):
-        problems.append(f"partial files are left: {partial_files(out_dir)}")
-    return problems
-
-
-def final_checkpoint(out_dir: Path) -> dict[str, Any]:
-    """The newest one. It is read by torch.load itself, not by what is tested here."""
-    path = max(out_dir.glob("ckpt_0*.pt"))
-    return torch.load(path, weights_only=True)
 
 
 KILLS = Fault("kills", run_kills)

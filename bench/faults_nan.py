@@ -16,7 +16,8 @@ from torch import Tensor
 
 import sft.run
 from bench.faults_outcome import Fault, Outcome
-from bench.faults_ranks import bytes_of, json_lines, prepare_data, run_arguments, run_to_end
+from bench.faults_ranks import json_lines, prepare_data, run_arguments, run_to_end
+from bench.faults_result import bytes_of
 from sft.errors import EXIT_DIVERGED
 from sft.step import SummedLoss
 
@@ -170,7 +171,7 @@ def poison_steps(rank: int, poisons: list[Poison], path: Path) -> None:
         return result
 
     SummedLoss.forward = poisoned_forward  # type: ignore[method-assign, assignment]
-    sft.run.train_step = noted_step  # type: ignore[assignment]
+    sft.run.train_step = noted_step
 
 
 @contextlib.contextmanager

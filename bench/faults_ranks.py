@@ -18,10 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-import torch._dynamo  # the program imports it when it makes a model
-from torch import Tensor
-
 import prepare_sft
 import train_sft
 from sft.errors import run_program
@@ -224,37 +220,6 @@ def run_to_end(
     statuses = [ranks.statuses.get(rank) for rank in range(size)]
     ranks.close()
     return statuses
-
-
-def differences(one: Any, other: Any, where: str = "") -> list[str]:
-    """The places at which two trees of containers, tensors and numbers are not equal to the bit."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        equal = one.dtype == other.dtype and one.shape == other.shape and bytes_of(one) == bytes_of(other)
-        return [] if equal else [where]
-    if isinstance(one, dict) and isinstance(other, dict):
-        keys = {**one, **other}
-        missing = object()
-        return [
-            place for key in keys
-            for place in differences(one.get(key, missing), other.get(key, missing), f"{where}.{key}".strip("."))
-        ]  # fmt: skip
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        return [
-            place
-            for i, pair in enumerate(zip(one, other, strict=True))
-            for place in differences(*pair, f"{where}[{i}]")
-        ]
-    return [] if type(one) is type(other) and one == other else [where]
-
-
-def bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def log_records(out_dir: Path) -> list[dict[str, Any]]:
-    """Every record of an iteration in any run log of a folder; each log must be valid JSON."""
-    logs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out_dir.glob("run_*.json"))]
-    return [record for log in logs for record in log["training_iterations"]]
 
 
 def json_lines(path: Path) -> list[Any]:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import sft.run
 from bench.faults_outcome import Fault, Outcome
-from bench.faults_ranks import BLOCK_SIZE, json_lines, log_records, prepare_data, run_arguments, run_to_end
+from bench.faults_ranks import BLOCK_SIZE, json_lines, prepare_data, run_arguments, run_to_end
+from bench.faults_result import log_records
 from sft.arrays import open_prepared
 from sft.batches import Batch, read_row
 from sft.packing import RowStream
