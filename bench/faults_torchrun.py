@@ -1,4 +1,4 @@
-"""What torchrun makes of a run that is stopped, killed, frozen or broken: it ends in time, says who, and goes on."""
+"""What torchrun makes of a run that is stopped, killed, frozen or broken: it ends in time, says who, and goes on.
 
 Every case is a real torchrun with two ranks; tests/faulty_run.py is train_sft.py to which something happens in one rank
 at one step. After it has ended, the same run is started again without the fault, and compared with one that had none.
