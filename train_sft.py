@@ -17,23 +17,24 @@ import torch
 
 from model_builder import ConfigurableGPT, load_pretrained
 from model_config import PRESETS, ModelArchitectureConfig, architecture_problems, forward_flops, parameter_count
-from sft import continuity, dry_run, elsewhere, memory, out_of_memory, startup
+from sft import dry_run, elsewhere, memory, out_of_memory, start_checks, startup
 from sft.announcement import Plan, announce
 from sft.arrays import PreparedData
-from sft.attention_choice import AttentionChoice, Heads, choose_attention
-from sft.batches import TrainLoader
+from sft.attention_choice import AttentionChoice
 from sft.config import Resolved, fingerprint, load_settings, to_dict
 from sft.errors import Preempted, UserError, run_program
 from sft.evaluation import Validation
 from sft.journal import Journal
-from sft.loss import Loss, LossKernel, choose_loss
+from sft.loss import LossKernel
 from sft.optim import Schedule, learning_rate_at, make_optimizer
+from sft.out_dir_lock import OutDirLock
 from sft.packing import RowStream
 from sft.progress import Totals
 from sft.recompute import ActivationCheckpointing
 from sft.run import Run
 from sft.run_log import RunLog
 from sft.signals import StopSignals
+from sft.start import Start, make_sure
 from sft.step_facts import Judge
 from sft.step_watch import StepWatch
 from sft.tracing import StepTrace
@@ -132,41 +133,36 @@ def main(argv: list[str]) -> None:
 
 
 def train(resolved: Resolved[TrainSettings], world: World) -> None:
-    """The whole run on one rank: data, model, optimizer, resume, loop, close."""
-    settings, out_dir = resolved.settings, Path(resolved.settings.out_dir)
-    folder, block_size, writes = settings.sft_data_dir, settings.block_size, not settings.dry_run
-    data = world.together(lambda: startup.open_training_data(folder, block_size=block_size, proves=world.is_main))
-    resume_path = world.on_main(lambda: startup.prepare_out_dir(out_dir, resume=settings.resume, writes=writes))
-    saved = world.together(lambda: startup.read_saved_state(resume_path) if resume_path else None)
-    loader = build_loader(settings, data, world, saved)
-    steps = settings.steps(loader.stream, rows_per_step=loader.rows_per_step, saved=saved)
-    rows, decay = loader.rows_per_step, settings.decay(steps)
-    identity = continuity.identity(data, rows_per_step=rows, world_size=world.size, decay=decay)
-    if saved is not None and resume_path is not None:
-        world.together(lambda: startup.refuse_another_run(resume_path, saved, settings, identity))
-    model = world.together(lambda: build_model(settings, data, resume_path, world))
-    model = model.to(world.device) if writes else model
-    dtype = settings.autocast_dtype(world.device) or model.head_weight.dtype
-    loss = choose_loss(settings.loss_kernel, device=world.device, dtype=dtype, world=world)
-    world.on_main(lambda: startup.copy_tokenizer(data, out_dir, resumes=resume_path is not None, writes=writes))
-    heads = Heads(model.config.n_head, model.config.key_heads, model.config.head_size)
-    attention = choose_attention(
-        settings.attention, heads=heads, dtype=dtype, dropout=settings.dropout, loader=loader, world=world
-    )
-    model.set_attention(attention.back_end)
-    work = memory.workload(model, loader, loss=loss, autocast_dtype=settings.autocast_dtype(world.device), world=world)
-    model.activation_checkpointing, kept = memory.settle(settings.activation_checkpointing, work)
-    if settings.dry_run:
-        flops = partial(training_flops, model.config)
-        return dry_run.rehearse(settings, work, loader, steps=steps, saved=saved, flops=flops)
-    log = world.together(lambda: open_log(resolved) if world.is_main else None)
-    journal = Journal(world, log, steps=steps)
+    """The whole run on one rank: lock, start, memory, run."""
+    settings = resolved.settings
+    with OutDirLock(Path(settings.out_dir)) as lock:
+        start = make_sure(
+            settings, world, lock, load=partial(load_base, settings), build=partial(build_model, settings, world)
+        )
+        model, (loader, steps, _) = start.model, start.course
+        autocast = settings.autocast_dtype(world.device)
+        work = memory.workload(model, loader, loss=start.loss, autocast_dtype=autocast, world=world)
+        model.activation_checkpointing, kept = memory.settle(settings.activation_checkpointing, work)
+        if settings.dry_run:
+            flops = partial(training_flops, model.config)
+            return dry_run.rehearse(settings, work, loader, steps=steps, saved=start.saved, flops=flops)
+        world.on_main(lambda: startup.copy_tokenizer(start.data, lock.out_dir))
+        carry_out(resolved, start, work, kept)
+
+
+def carry_out(resolved: Resolved[TrainSettings], start: Start, work: memory.Workload, kept: str) -> None:
+    """The run itself: optimizer, resume, log, loop, close."""
+    settings, world, (loader, steps, _) = resolved.settings, work.world, start.course
+    journal = Journal(world, None, steps=steps)
     with StopSignals() as signals:
-        run = build_run(resolved, data, model, loader, journal, loss=loss, identity=identity, signals=signals)
+        run = build_run(resolved, start, journal, signals)
         try:
-            if saved is not None:
-                run.restore(saved)
-            announce(run, plan_of(settings, run, model.config, resume_path, steps=steps), attention, kept)
+            if start.saved is not None:
+                run.restore(start.saved)
+            journal.log = world.together(lambda: open_log(resolved) if world.is_main else None)
+            announce(run, plan_of(settings, run, start), start.attention, kept)
+            if start.saved is None and settings.checkpoint_path is not None:
+                start_checks.doubt_base(run, settings.checkpoint_path)
             loop(settings, run, steps=steps)
         except BaseException as error:
             run.close(status_after(error))
@@ -186,19 +182,18 @@ def status_after(error: BaseException) -> str:
     return "failed: out of memory" if out_of_memory.lacked(error) else f"failed: {type(error).__name__}: {error}"
 
 
-def plan_of(
-    settings: TrainSettings, run: Run, config: ModelArchitectureConfig, resume_path: Path | None, *, steps: int
-) -> Plan:
-    source = resume_path or settings.checkpoint_path or "new, random weights"
+def plan_of(settings: TrainSettings, run: Run, start: Start) -> Plan:
+    source = start.resume_path or settings.checkpoint_path or "new, random weights"
+    parameters = parameter_count(start.model.config)
     return Plan(
-        model=f"{parameter_count(config):,} parameters, {source}",
-        parameters=parameter_count(config),
-        steps=steps,
+        model=f"{parameters:,} parameters, {source}",
+        parameters=parameters,
+        steps=start.course.steps,
         micro_steps=run.loader.micro_steps,
         batch_size=settings.batch_size,
         schedule=f"{settings.lr_schedule} learning rate after {settings.warmup_iters} steps of warm-up",
         compiled=settings.compiles(run.world.device),
-        resumed=resume_path,
+        resumed=start.resume_path,
     )
 
 
@@ -236,21 +231,24 @@ def loop(settings: TrainSettings, run: Run, *, steps: int) -> None:
                 run.milestone(saves=saves)
 
 
-def build_model(settings: TrainSettings, data: PreparedData, resume_path: Path | None, world: World) -> ConfigurableGPT:
-    """The model on the CPU: from the run's own checkpoint, from checkpoint_path, or new; grown to the data's ids.
-
-    In a dry run it is on the device meta: shapes without numbers.
-    """
-    place = "meta" if settings.dry_run else "cpu"
-    source = resume_path or settings.checkpoint_path
+def load_base(settings: TrainSettings, source: Path) -> ConfigurableGPT:
+    """The model of a checkpoint, on the CPU; in a dry run on the device meta: shapes without numbers."""
     dtype = torch.float64 if settings.dtype == "float64" else torch.float32
-    if source is not None:
-        startup.refuse_other_tokenizer(Path(source), data)
-        model = load_pretrained(source, place, dtype)
+    return load_pretrained(source, "meta" if settings.dry_run else "cpu", dtype)
+
+
+def build_model(
+    settings: TrainSettings, world: World, data: PreparedData, base: ConfigurableGPT | None
+) -> ConfigurableGPT:
+    """The base, or a new model, grown to the data's ids; on the device of this rank, in a dry run on meta."""
+    place = torch.device("meta") if settings.dry_run else world.device
+    if base is not None:
+        model = base
     else:
         torch.manual_seed(settings.seed)
-        with torch.device(place):
-            model = ConfigurableGPT(new_architecture(settings, data)).to(dtype)
+        with torch.device("meta" if settings.dry_run else "cpu"):  # the CPU's numbers are the same everywhere
+            model = ConfigurableGPT(new_architecture(settings, data))
+            model = model.to(torch.float64 if settings.dtype == "float64" else torch.float32)
     limit = model.config.block_size
     if model.config.position_encoding == "learned_absolute" and settings.block_size > limit:
         raise UserError(f"block_size {settings.block_size} is beyond the {limit} positions that the model has learned")
@@ -259,7 +257,7 @@ def build_model(settings: TrainSettings, data: PreparedData, resume_path: Path |
     model.set_dropout(settings.dropout)
     if settings.compiles(world.device):
         model.compile_blocks()
-    return model
+    return model.to(place)
 
 
 def new_architecture(settings: TrainSettings, data: PreparedData) -> ModelArchitectureConfig:
@@ -270,26 +268,6 @@ def new_architecture(settings: TrainSettings, data: PreparedData) -> ModelArchit
         fields = {"vocab_size": 1, "block_size": settings.block_size, **(settings.model or {})}
     return ModelArchitectureConfig.from_dict(
         {**fields, "vocab_size": max(fields["vocab_size"], data.meta["vocab_size"])}
-    )
-
-
-def build_loader(
-    settings: TrainSettings, data: PreparedData, world: World, saved: Mapping[str, Any] | None
-) -> TrainLoader:
-    split, weights = data.splits["train"], data.source_weights
-    stream = RowStream(
-        split.lengths, block_size=settings.block_size, seed=settings.seed, sources=split.origins[:, 0], weights=weights
-    )
-    return TrainLoader(
-        split,
-        stream,
-        batch_size=settings.batch_size,
-        rows_per_step=continuity.rows_of_a_step(settings, world_size=world.size, saved=saved),
-        rank=world.rank,
-        world_size=world.size,
-        pad_id=data.meta["pad_id"],
-        seed=settings.seed,
-        device=world.device,
     )
 
 
@@ -310,17 +288,8 @@ def open_log(resolved: Resolved[TrainSettings]) -> RunLog:
     )
 
 
-def build_run(
-    resolved: Resolved[TrainSettings],
-    data: PreparedData,
-    model: ConfigurableGPT,
-    loader: TrainLoader,
-    journal: Journal,
-    *,
-    loss: Loss,
-    identity: Mapping[str, Any],
-    signals: StopSignals,
-) -> Run:
+def build_run(resolved: Resolved[TrainSettings], start: Start, journal: Journal, signals: StopSignals) -> Run:
+    data, model, (loader, _, identity) = start.data, start.model, start.course
     settings, world = resolved.settings, journal.world
     out_dir, profiles = Path(settings.out_dir), settings.profile and world.is_main
     judge = Judge(world, spike_sigma=settings.spike_sigma, skip_spikes=settings.skip_spikes)
@@ -330,7 +299,7 @@ def build_run(
         world=world,
         model=model,
         autocast_dtype=settings.autocast_dtype(world.device),
-        loss=loss,
+        loss=start.loss,
         optimizer=make_optimizer(
             model,
             learning_rate=settings.learning_rate,

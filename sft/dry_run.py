@@ -140,32 +140,49 @@ def data_lines(epoch: Counts, run: Counts, steps: int, loader: TrainLoader) -> I
     yield f"run       {steps:,} steps, {tokens}, in {run.rows:,} rows"
 
 
-def disk_lines(settings: Any, model: Any, steps: int) -> Iterator[str]:
-    """The size of a checkpoint and of all that will lie on the disk at once, against what is free there."""
-    size = checkpoint_bytes(model)
+class DiskPromise(NamedTuple):
+    """What a run will have on the disk at once, and what is free there."""
+
+    each: int  # bytes of a checkpoint
+    needed: int  # bytes of all that are kept, and of one being written
+    kept: int  # numbered ones
+    has_best: bool
+    folder: Path  # the one that is there already, of out_dir and those around it
+    free: int  # bytes
+
+    @property
+    def told(self) -> str:
+        return f"{gib(self.needed)} for {self.kept} kept{', the best' if self.has_best else ''} and one being written"
+
+
+def promised_disk(settings: Any, model: Any, steps: int) -> DiskPromise:
+    """The checkpoints of so many steps that the settings ask for."""
+    size = checkpoint_bytes(model, with_moments=settings.save_optimizer)
     every = settings.save_interval or steps
     saves = max(1, math.ceil(steps / max(1, every)))
     kept = saves if settings.keep_checkpoints is None else min(saves, settings.keep_checkpoints)
     has_best = settings.eval_interval is not None
-    copies = kept + has_best + 1
     out_dir = Path(settings.out_dir).absolute()
     folder = next(path for path in (out_dir, *out_dir.parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    yield (
-        f"disk      {gib(size)} a checkpoint ({size:,} bytes), {gib(copies * size)} for {kept} kept"
-        f"{', the best' if has_best else ''} and one being written; {gib(free)} free at {folder}"
-    )
-    if copies * size > free:
+    return DiskPromise(size, (kept + has_best + 1) * size, kept, has_best, folder, shutil.disk_usage(folder).free)
+
+
+def disk_lines(settings: Any, model: Any, steps: int) -> Iterator[str]:
+    """The size of a checkpoint and of all that will lie on the disk at once, against what is free there."""
+    promise = promised_disk(settings, model, steps)
+    size = f"{gib(promise.each)} a checkpoint ({promise.each:,} bytes)"
+    yield f"disk      {size}, {promise.told}; {gib(promise.free)} free at {promise.folder}"
+    if promise.needed > promise.free:
         remedies = "lower keep_checkpoints, or choose an out_dir elsewhere"
-        yield f"warning   {gib(copies * size)} will not fit on that disk: {remedies}"
+        yield f"warning   {gib(promise.needed)} will not fit on that disk: {remedies}"
 
 
-def checkpoint_bytes(model: Any) -> int:
-    """The file of a checkpoint: parameters, two moments and a count for each that is trained."""
+def checkpoint_bytes(model: Any, *, with_moments: bool = True) -> int:
+    """The file of a checkpoint: parameters, and where the optimizer is saved two moments and a count for each."""
     size, tensors = CHECKPOINT_BYTES, 0
     for parameter in model.parameters():
-        size += parameter.nbytes * (3 if parameter.requires_grad else 1)
-        tensors += 4 if parameter.requires_grad else 1
+        size += parameter.nbytes * (3 if parameter.requires_grad and with_moments else 1)
+        tensors += 4 if parameter.requires_grad and with_moments else 1
     return size + tensors * CHECKPOINT_TENSOR_BYTES
 
 

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import filecmp
 import os
-import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 from sft import ledger
-from sft.arrays import PreparedData, open_prepared
-from sft.checkpoint import newest_checkpoint, numbered_checkpoints, read_checkpoint, remove_partial_files
+from sft.arrays import AGAIN, PreparedData, damaged_arrays, open_prepared
+from sft.checkpoint import newest_checkpoint, numbered_checkpoints, read_checkpoint
 from sft.continuity import differences
 from sft.errors import UserError, listed
+from sft.files import copy_whole, remove_partials, write_whole
+from sft.out_dir_lock import OutDirLock
 from sft.pretrained import checkpoint_file, is_hugging_face_folder
 from sft.tokenizer import load_tokenizer
 
 ResumeChoice = Literal["auto", "never", "required"]
+PROBE = ".write_probe"
+TOKENIZERS = ("tokenizer.json", "*.tiktoken")
+LONG_SECONDS = 5.0  # after which a check says what it has taken
 NEEDED_TO_RESUME = (
     *("optimizer", "iter_num", "rows_seen", "trained_tokens_seen", "val_loss", "best_val_loss"),
     *("config", "data_fingerprint", "progress"),
 )
 
 
-def open_training_data(folder: str, *, block_size: int, proves: bool = True) -> PreparedData:
+def open_training_data(
+    folder: str, *, block_size: int, proves: bool = True, say: Callable[[str], None] = print
+) -> PreparedData:
     """The prepared data of a folder; UserError where a run with this block_size could not train on all of it.
 
-    `proves`: refuse it also where its ledger or its audit does not prove it. One rank is enough, since that reads all
-    labels.
+    `proves`: refuse it also where its checksums, its ledger or its audit do not prove it. One rank is enough, since
+    that reads all of it; `say` how long that took, where it took long.
     """
     data = open_prepared(folder)
-    problems = ledger.problems(data.meta, data.splits) if proves else []
+    problems = unproved(data, say=say) if proves else []
     if data.meta["max_id"] >= data.meta["vocab_size"]:
         problems.append(
             f"it holds id {data.meta['max_id']}, outside its vocabulary of {data.meta['vocab_size']}; prepare it again"
@@ -52,33 +61,70 @@ def open_training_data(folder: str, *, block_size: int, proves: bool = True) -> 
     return data
 
 
-def prepare_out_dir(out_dir: Path, *, resume: ResumeChoice, writes: bool = True) -> Path | None:
-    """Make out_dir, try writing to it, and find the checkpoint to go on from (None = a fresh start).
+def unproved(data: PreparedData, *, say: Callable[[str], None]) -> list[str]:
+    """What is wrong with the bytes of prepared data, and with the account that it gives of them."""
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as beside:
+        damaged = beside.submit(damaged_arrays, data)
+        problems = ledger.problems(data.meta, data.splits)
+        problems = [*(f"{problem}; {AGAIN}" for problem in damaged.result()), *problems]
+    if (seconds := time.monotonic() - started) > LONG_SECONDS:
+        size = sum((data.folder / name).stat().st_size for name in data.meta["arrays"]) / 1e9
+        say(f"data     {seconds:.0f} s to verify {size:.1f} GB of prepared data, {seconds / size:.2f} s a GB")
+    return problems
+
+
+def enter_out_dir(lock: OutDirLock, *, say: Callable[[str], None], writes: bool = True) -> None:
+    """Take the lock of out_dir; UserError where another run has it. Without `writes`, only say so.
+
+    Where out_dir cannot be written at all, prepare_out_dir will tell, beside what else is wrong.
+    """
+    if writes:
+        with contextlib.suppress(OSError):
+            lock.take(say=say)
+    elif holder := lock.holder():
+        say(f"lock      a run is at work in {lock.out_dir}: {holder}")
+
+
+def prepare_out_dir(
+    lock: OutDirLock, *, resume: ResumeChoice, say: Callable[[str], None] = print, writes: bool = True
+) -> Path | None:
+    """Try writing to out_dir, which is locked and made, and find the checkpoint to go on from (None = a fresh start).
 
     Without `writes` everything stays as it is, and what can be seen from outside is refused all the same.
     """
+    out_dir = lock.out_dir
     try:
         if writes:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            probe = out_dir / ".write_probe"
-            probe.write_bytes(b"")
-            probe.unlink()
-            remove_partial_files(out_dir)
+            lock.take(say=say)
+            probe_writing(out_dir)
+            remove_partials(out_dir, "ckpt*.pt", *TOKENIZERS, PROBE)
         else:
             _refuse_unwritable(out_dir)
     except OSError as error:
         raise UserError(f"out_dir {out_dir}: cannot be written ({error.strerror}); choose another --out_dir") from error
     numbered = [path for _, path in numbered_checkpoints(out_dir)]
+    others = sorted(path.name for path in out_dir.glob("ckpt*.pt") if path not in numbered)
     if resume == "never" and numbered:
         raise UserError(
             f"out_dir {out_dir} already holds checkpoints, the newest is {numbered[0].name}; go on from it with "
             "--resume=auto, choose another --out_dir, or remove the old run"
         )
-    if not numbered and (others := sorted(path.name for path in out_dir.glob("ckpt*.pt"))):
+    found = newest_checkpoint(out_dir, warn=say, sets_aside=writes) if resume != "never" else None
+    if found is None and others:
         raise UserError(f"out_dir {out_dir} holds {', '.join(others)} of another run; choose another --out_dir")
-    if not numbered and resume == "required":
+    if found is None and resume == "required":
         raise UserError(f"out_dir {out_dir} holds no checkpoint to resume from; --resume=auto starts afresh")
-    return newest_checkpoint(out_dir, warn=lambda line: print(line, flush=True)) if numbered else None
+    return found
+
+
+def probe_writing(folder: Path) -> None:
+    """Do once what every save does, with a small file; OSError where that cannot be done."""
+    probe = folder / PROBE
+    try:
+        write_whole(probe, lambda file: file.write(bytes(4096)))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _refuse_unwritable(folder: Path) -> None:
@@ -91,8 +137,8 @@ def _refuse_unwritable(folder: Path) -> None:
 
 
 def read_saved_state(path: Path) -> dict[str, Any]:
-    """The checkpoint to resume from; UserError where it lacks what that needs."""
-    saved = read_checkpoint(path)
+    """The checkpoint to resume from, which newest_checkpoint has verified; UserError where it lacks what that needs."""
+    saved = read_checkpoint(path, verify=False)
     if missing := [key for key in NEEDED_TO_RESUME if key not in saved]:
         raise UserError(
             f"{path}: has no {', '.join(missing)}, so it cannot be resumed; start from it with --checkpoint_path={path}"
@@ -112,11 +158,13 @@ def refuse_another_run(path: Path, saved: Mapping[str, Any], settings: Any, iden
         raise listed(f"{path}: cannot be resumed, since it would not be the same run:", problems)
 
 
-def refuse_other_tokenizer(source: Path, data: PreparedData) -> None:
-    """Raise UserError where a checkpoint or a folder tells of another tokenizer than the data's."""
+def refuse_other_tokenizer(source: Path | None, data: PreparedData) -> None:
+    """Raise UserError where a checkpoint or a folder, if there is one, tells of another tokenizer than the data's."""
     theirs = None
+    if source is None:
+        return
     if not is_hugging_face_folder(source):
-        theirs = read_checkpoint(checkpoint_file(source)).get("tokenizer_fingerprint")
+        theirs = read_checkpoint(checkpoint_file(source), verify=False).get("tokenizer_fingerprint")
     elif (source / "tokenizer.json").is_file():
         theirs = load_tokenizer(source).fingerprint
     ours = data.meta["tokenizer_fingerprint"]
@@ -127,19 +175,21 @@ def refuse_other_tokenizer(source: Path, data: PreparedData) -> None:
         )
 
 
-def copy_tokenizer(data: PreparedData, out_dir: Path, *, resumes: bool, writes: bool = True) -> None:
-    """Put the tokenizer's files beside the checkpoints, where chat and export look for them.
-
-    Raises UserError where that would replace somebody else's.
-    """
+def refuse_foreign_tokenizer(data: PreparedData, out_dir: Path, *, resumes: bool) -> None:
+    """Raise UserError where copy_tokenizer would replace the tokenizer of another run than the one that it resumes."""
+    if resumes:
+        return
     found = [path for path in (out_dir / "tokenizer.json", *out_dir.glob("*.tiktoken")) if path.exists()]
-    foreign = [path for path in found if not _is_copy(path, data.folder / path.name)]
-    if foreign and not resumes:
+    if foreign := [path for path in found if not _is_copy(path, data.folder / path.name)]:
         raise UserError(f"{foreign[0]}: another tokenizer than that of {data.folder}; choose another --out_dir")
-    for name in data.meta["tokenizer_files"] if writes else ():
+
+
+def copy_tokenizer(data: PreparedData, out_dir: Path) -> None:
+    """Put the tokenizer's files beside the checkpoints, where chat and export look for them; each whole or absent."""
+    for name in data.meta["tokenizer_files"]:
         try:
             if not _is_copy(out_dir / name, data.folder / name):
-                shutil.copyfile(data.folder / name, out_dir / name)
+                copy_whole(data.folder / name, out_dir / name)
         except OSError as error:
             raise UserError(f"{data.folder / name}: cannot be copied to {out_dir} ({error.strerror})") from error
 

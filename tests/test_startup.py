@@ -9,7 +9,7 @@ import torch
 
 import train_sft
 from model_builder import load_pretrained
-from sft.arrays import PreparedData, open_prepared
+from sft.arrays import PreparedData, open_prepared, sha256_of
 from sft.checkpoint import newest_checkpoint
 from sft.errors import UserError
 from sft.packing import PACKING_VERSION, RowStream
@@ -134,8 +134,18 @@ def put_weights(folder, split, weights):
     ends = zip(samples.offsets[:-1], samples.offsets[1:], strict=True)
     targets = [weights[start + 1 : end].sum(dtype=np.float64) for start, end in ends]
     np.save(folder / f"{split}_targets.npy", np.array(targets))
-    entry = {"dtype": "<f4", "shape": [len(weights)], "sha256": "0" * 64}
-    change_meta(folder, lambda meta: meta["arrays"].update({f"{split}_weights.npy": entry}))
+    change_meta(folder, lambda meta: meta["arrays"].update({f"{split}_weights.npy": {}}))
+    retell(folder, f"{split}_weights.npy", f"{split}_targets.npy")
+
+
+def retell(folder, *names):
+    """Let meta.json say of arrays what they are now."""
+    arrays = {name: np.load(folder / name) for name in names}
+    told = {
+        name: {"dtype": array.dtype.str, "shape": list(array.shape), "sha256": sha256_of(folder / name)}
+        for name, array in arrays.items()
+    }
+    change_meta(folder, lambda meta: meta["arrays"].update(told))
 
 
 def expected_loss(model, samples, chosen):

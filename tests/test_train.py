@@ -341,7 +341,7 @@ class TestRefusals:
         other = tmp_path / "other_data"
         shutil.copytree(prepared, other)
         meta = json.loads((other / "meta.json").read_text())
-        meta["arrays"]["train_labels.npy"]["sha256"] = "0" * 64
+        meta["sources"][0]["weight"] = 0.5
         (other / "meta.json").write_text(json.dumps(meta))
         self.refused(
             arguments(resume="auto", sft_data_dir=other, seed=5),
