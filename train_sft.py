@@ -39,6 +39,7 @@ from sft.step_facts import Judge
 from sft.step_watch import StepWatch
 from sft.tracing import StepTrace
 from sft.train_rules import contradictions
+from sft.watchdog import Watchdog
 from sft.world import DeviceChoice, GradientCompression, World, join_world
 
 
@@ -126,13 +127,14 @@ class TrainSettings:
 
 def main(argv: list[str]) -> None:
     resolved = load_settings(TrainSettings, argv, elsewhere=elsewhere.TRAIN)
-    with join_world(resolved.settings.device) as world:
+    device, watchdog = resolved.settings.device, Watchdog(resolved.settings.hang_timeout)
+    with watchdog, join_world(device, timeout=watchdog.group_timeout) as world, watchdog.among(world):
         world.agree("settings", fingerprint(resolved.settings))
         with out_of_memory.told(world.device):
-            train(resolved, world)
+            train(resolved, world, watchdog)
 
 
-def train(resolved: Resolved[TrainSettings], world: World) -> None:
+def train(resolved: Resolved[TrainSettings], world: World, watchdog: Watchdog) -> None:
     """The whole run on one rank: lock, start, memory, run."""
     settings = resolved.settings
     with OutDirLock(Path(settings.out_dir)) as lock:
@@ -147,10 +149,12 @@ def train(resolved: Resolved[TrainSettings], world: World) -> None:
             flops = partial(training_flops, model.config)
             return dry_run.rehearse(settings, work, loader, steps=steps, saved=start.saved, flops=flops)
         world.on_main(lambda: startup.copy_tokenizer(start.data, lock.out_dir))
-        carry_out(resolved, start, work, kept)
+        carry_out(resolved, start, work, kept, watchdog)
 
 
-def carry_out(resolved: Resolved[TrainSettings], start: Start, work: memory.Workload, kept: str) -> None:
+def carry_out(
+    resolved: Resolved[TrainSettings], start: Start, work: memory.Workload, kept: str, watchdog: Watchdog
+) -> None:
     """The run itself: optimizer, resume, log, loop, close."""
     settings, world, (loader, steps, _) = resolved.settings, work.world, start.course
     journal = Journal(world, None, steps=steps)
@@ -160,12 +164,13 @@ def carry_out(resolved: Resolved[TrainSettings], start: Start, work: memory.Work
             if start.saved is not None:
                 run.restore(start.saved)
             journal.log = world.together(lambda: open_log(resolved) if world.is_main else None)
+            watchdog.last_words = journal.last_words
             announce(run, plan_of(settings, run, start), start.attention, kept)
             if start.saved is None and settings.checkpoint_path is not None:
                 start_checks.doubt_base(run, settings.checkpoint_path)
             loop(settings, run, steps=steps)
         except BaseException as error:
-            run.close(status_after(error))
+            run.close(status_after(error, watchdog))
             if out_of_memory.lacked(error):
                 fixed = settings.rows_per_step
                 raise out_of_memory.explained(error, world.device, work, loader, fixed=fixed) from error
@@ -173,13 +178,15 @@ def carry_out(resolved: Resolved[TrainSettings], start: Start, work: memory.Work
         run.close("finished")
 
 
-def status_after(error: BaseException) -> str:
+def status_after(error: BaseException, watchdog: Watchdog) -> str:
     """What the run log says of a run that ended with this error."""
     if isinstance(error, Preempted):
         return "preempted"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    return "failed: out of memory" if out_of_memory.lacked(error) else f"failed: {type(error).__name__}: {error}"
+    if out_of_memory.lacked(error):
+        return "failed: out of memory"
+    return f"failed: {watchdog.lost_peer(error) or f'{type(error).__name__}: {error}'}"
 
 
 def plan_of(settings: TrainSettings, run: Run, start: Start) -> Plan:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import os
 import sys
 import time
@@ -16,6 +18,7 @@ EXIT_PREEMPTED = 75  # stopped by a signal and saved; the same command with --re
 EXIT_INTERRUPTED = 130  # stopped at once by a second Ctrl-C; what came after the last checkpoint is lost
 
 FIRST_SPEAKS_WITHIN_SECONDS = 10.0
+FIRST_SPEAKS_SOON_SECONDS = 1.0  # where all ranks end in order, and torchrun may be waiting for the last one
 
 
 class UserError(Exception):
@@ -30,47 +33,75 @@ class Preempted(Exception):
     """A signal asked the run to stop, and it has stopped in order, with a checkpoint; str(error) says so."""
 
 
+class PeerLost(Exception):
+    """Another rank has gone, and this one cannot go on; it was said where, and why if that is known."""
+
+
 def listed(headline: str, problems: Sequence[str]) -> UserError:
     """One UserError that lists every problem below a headline, so that all are fixed in one go."""
     return UserError("\n".join([headline, *(f"  {problem}" for problem in problems)]))
 
 
 def run_program(main: Callable[[list[str]], None]) -> None:
-    """Run main(argv) as a command: exit status 0 only if that returns; a UserError becomes one message on stderr.
+    """Run main(argv) as a command: exit status 0 only if that returns; what it raises is told on stderr.
 
-    Of the processes that torchrun starts on a machine, the first one speaks. The others wait to be ended by torchrun,
-    which does so as soon as one process has left; a process that is still there had the error alone, and speaks too.
+    A mistake of the programmer keeps its traceback, and names the rank and the step where the error knows its `place`.
     """
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     status = 0
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not fail work that is done
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        if not is_first:
-            time.sleep(FIRST_SPEAKS_WITHIN_SECONDS)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        status = error.exit_status
-    except Preempted as stop:
-        if is_first:
-            print(stop, file=sys.stderr, flush=True)
-        status = EXIT_PREEMPTED
-    except BrokenPipeError:  # who reads our output has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = EXIT_FAILED
-    except OSError as error:  # the machine's refusal, which names what it refused
-        print(
-            f"error: {error.filename or 'the operating system'}: {error.strerror or error}", file=sys.stderr, flush=True
-        )
-        status = EXIT_FAILED
-    except KeyboardInterrupt:
-        if is_first:
-            print("interrupted", file=sys.stderr, flush=True)
-        status = EXIT_INTERRUPTED
+    except (Exception, KeyboardInterrupt) as error:
+        status = tell(error, is_first=os.environ.get("LOCAL_RANK", "0") == "0")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # A thread of the process group that still wants the interpreter while it shuts down would abort the process
         # and make a finished run a failed one. All files are closed: leave without shutting down.
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def tell(error: BaseException, *, is_first: bool) -> int:
+    """Say on stderr what has ended the program, and return its exit status.
+
+    Of the processes that torchrun starts on a machine, the first one speaks. The others wait to be ended by torchrun,
+    which does so as soon as one process has left; a process that is still there had the error alone, and speaks too.
+    """
+    place = error.__dict__.get("place")
+    if isinstance(error, UserError):
+        if not is_first:
+            time.sleep(FIRST_SPEAKS_WITHIN_SECONDS)
+        say(f"error: {error}")
+        return error.exit_status
+    if isinstance(error, (Preempted, KeyboardInterrupt)):
+        if is_first:
+            say(str(error) or "interrupted")
+        else:
+            time.sleep(FIRST_SPEAKS_SOON_SECONDS)
+        return EXIT_PREEMPTED if isinstance(error, Preempted) else EXIT_INTERRUPTED
+    if isinstance(error, BrokenPipeError):  # who reads our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    elif isinstance(error, OSError):  # the machine's refusal, which names what it refused
+        refusal = f"{error.filename or 'the operating system'}: {error.strerror or error}"
+        say(f"error: {f'{place}: ' if place else ''}{refusal}")
+    elif place is None:
+        raise error
+    elif not isinstance(error, PeerLost):  # that was said when it was found
+        sys.excepthook(type(error), error, error.__traceback__)  # PyTorch's begins each line with the rank
+        cause = f"{place}: {type(error).__name__}: {error}"
+        say(f"error: {cause}")
+        tell_torchrun(cause)
+    return EXIT_FAILED
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def tell_torchrun(cause: str) -> None:
+    """Name what ends this process in torchrun's closing report, which takes the earliest cause for the first."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": cause, "timestamp": str(int(time.time()))}  # the names are torchrun's
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": cause, "extraInfo": details}}, file)

@@ -11,6 +11,7 @@ import torch
 
 from sft.arrays import Samples
 from sft.batches import Batch, make_batch, read_row
+from sft.heartbeat import heart
 from sft.packing import Row, RowStream
 from sft.step import SummedLoss
 from sft.world import World
@@ -64,6 +65,7 @@ class Validation:
             if number % ROUNDS_UNTIL_ASKED == 0 and world.any(asked_to_stop()):
                 loss_module.train(was_training)
                 return None
+            heart.beat()
             if not (rows := mine[number * self.batch_size : (number + 1) * self.batch_size]):
                 continue
             batch = self._batch(rows, world.device)

@@ -116,6 +116,11 @@ class Journal:
         self.world.print(f"{self._step(iter_num)}  {sentence}")
         self.event("traced", iter=iter_num, sentence=sentence)
 
+    def last_words(self, status: str) -> None:
+        """The status of a run that hangs, from another thread than the one that does."""
+        if self.log:
+            self.log.last_words(status)
+
     def close(self, status: str, **summary: Any) -> None:
         """The last word: finished, preempted, interrupted, or failed: cause."""
         if self.log:

@@ -17,6 +17,7 @@ from sft.checkpoint import save_checkpoint
 from sft.collector import QuietCollector
 from sft.errors import EXIT_DIVERGED, EXIT_FAILED, Preempted, UserError
 from sft.evaluation import Validation
+from sft.heartbeat import heart
 from sft.journal import Journal
 from sft.loss import Loss
 from sft.phases import phase
@@ -102,6 +103,7 @@ class Run:
 
     def update(self, *, learning_rate: float, grad_clip: float | None) -> None:
         """One step on the next rows."""
+        heart.begin(self.iter_num + 1)
         first = self._next_batch()
         others = (self._next_batch().batch for _ in range(self.loader.micro_steps - 1))
         result = train_step(

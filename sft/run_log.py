@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -50,6 +51,7 @@ class RunLog:
             "events": [],
             "summary": {},
         }
+        self._writing = threading.Lock()
         self.path = claim_path(Path(out_dir), started)
         self.save()
 
@@ -124,8 +126,21 @@ class RunLog:
             self.add("events", {"kind": "non_finite", "field": field, "value": value, **where})
         return plain
 
+    def last_words(self, status: str) -> None:
+        """The status of a process that is about to end, from another thread than the one that keeps the log and hangs.
+
+        Waits for that one if it is writing, and lets it write no more.
+        """
+        self._writing.acquire()
+        self.contents["status"] = status
+        self._replace()
+
     def save(self) -> None:
         """Replace the file; who reads it sees the old one or the new one, whole."""
+        with self._writing:
+            self._replace()
+
+    def _replace(self) -> None:
         partial = partial_of(self.path)
         text = ",\n".join(f"{json.dumps(name)}: {section_text(value)}" for name, value in self.contents.items())
         try:

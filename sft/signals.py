@@ -34,13 +34,15 @@ class StopSignals:
     """While it is entered, SIGTERM, SIGINT and SIGUSR1 are requests to stop; a second SIGINT stops at once.
 
     At once: KeyboardInterrupt is raised where the main thread is, and a thread ends the process a few seconds later,
-    since what waits for another rank may never come back to the interpreter. The main thread alone may enter it.
+    since what waits for another rank may never come back to the interpreter. A signal that was ignored stays ignored,
+    as SIGINT is in what a script starts in the background. The main thread alone may enter it.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None  # the first one
         self._presses = Presses()
         self._before: dict[signal.Signals, object] = {}
+        self._over = threading.Event()
 
     def __enter__(self) -> Self:
         self._heard, self._wake = socket.socketpair()
@@ -48,13 +50,16 @@ class StopSignals:
         self._fd_before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._listener.start()
-        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+        heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+            # None: it was not Python's own, and is lost
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._fd_before)
+        self._over.set()
         self._wake.close()  # the end of what the listener hears
         self._listener.join()
         self._heard.close()
@@ -65,9 +70,11 @@ class StopSignals:
             raise KeyboardInterrupt
 
     def _listen(self) -> None:
+        """What the interpreter's own C handler writes comes here, wherever the main thread is."""
         presses = Presses()
         while numbers := self._heard.recv(64):
             for number in numbers:
                 if number == signal.SIGINT and presses.is_second(time.monotonic()):
-                    time.sleep(LAST_WORDS_SECONDS)
-                    os._exit(EXIT_INTERRUPTED)
+                    if not self._over.wait(LAST_WORDS_SECONDS):
+                        os._exit(EXIT_INTERRUPTED)
+                    return

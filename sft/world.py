@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sft.errors import UserError
+from sft.heartbeat import heart
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
 GradientCompression = Literal["none", "bf16"]
 Result = TypeVar("Result")
+SIGNS_OF_A_LOST_PEER = ("gloo/transport", "ncclRemoteError")  # in what gloo and NCCL report of a broken connection
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class World:
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
+            heart.beat()
         return values
 
     def any(self, flag: bool) -> bool:
@@ -106,6 +109,7 @@ class World:
             return [value]
         values: list[Result] = [value] * self.size
         dist.all_gather_object(values, value)
+        heart.beat()
         return values
 
 
@@ -121,9 +125,18 @@ def mean_sent_as_bf16(bucket: dist.GradBucket, *, ranks: int) -> torch.futures.F
     return sent.get_future().then(lambda future: gradients.copy_(future.value()[0]).div_(ranks))
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective, or the store, failed since a connection to another rank broke."""
+    if isinstance(error, dist.DistNetworkError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_A_LOST_PEER)
+
+
 @contextmanager
-def join_world(choice: DeviceChoice = "auto") -> Iterator[World]:
-    """The world that torchrun describes in the environment, or a world of one; left in order at the end.
+def join_world(choice: DeviceChoice = "auto", *, timeout: float = 1800.0) -> Iterator[World]:
+    """The world that torchrun describes in the environment, or a world of one; left in order where nothing failed.
+
+    A collective fails after `timeout` seconds.
 
     NCCL on GPUs, one per local rank; gloo on CPUs. Raises UserError where CUDA is asked for and not to be had.
     """
@@ -145,12 +158,11 @@ def join_world(choice: DeviceChoice = "auto") -> Iterator[World]:
         on_gpu = device.type == "cuda"
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
-            timeout=timedelta(minutes=30),
+            timeout=timedelta(seconds=timeout),
             device_id=device if on_gpu else None,
         )
-    try:
-        yield World(rank=rank, size=size, device=device)
-    finally:
-        if size > 1:
-            gc.collect()  # DDP's reference cycles would keep the group's threads alive into the interpreter's end
-            dist.destroy_process_group()
+    yield World(rank=rank, size=size, device=device)
+    # Not after an error: it may wait for a rank that has gone, and who is told of the error ends the process.
+    if size > 1:
+        gc.collect()  # DDP's reference cycles would keep the group's threads alive into the interpreter's end
+        dist.destroy_process_group()

@@ -23,7 +23,7 @@ TOP_LEVEL = {*PROGRAMS, *MODEL, "tools", "demo", "bench", "tests"}
 
 # The lowest layer works without torch; the highest is given a model object. All other files of sft/ are in between.
 LOWEST = {
-    *("errors", "config", "settings_help", "settings_types", "elsewhere", "run_log", "out_dir_lock"),
+    *("errors", "heartbeat", "config", "settings_help", "settings_types", "elsewhere", "run_log", "out_dir_lock"),
     *(
         "conversation",
         "sources",
