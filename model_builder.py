@@ -175,14 +175,19 @@ class ConfigurableGPT(nn.Module):
 
 
 def load_pretrained(
-    path: str | PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | PathLike[str],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    verify: bool = True,
 ) -> ConfigurableGPT:
     """The model that a checkpoint or a Hugging Face folder holds, exactly: nothing added, nothing left over.
 
     It comes in evaluation mode; a trainer calls train(). Weights are copied one at a time, so the peak is the model
-    and one of its tensors. Raises UserError for what cannot be read, with every tensor that does not fit.
+    and one of its tensors. `verify` compares a checkpoint's checksums, which reads all of it once; of many processes
+    one is enough. Raises UserError for what cannot be read, with every tensor that does not fit.
     """
-    source = open_pretrained(Path(path))
+    source = open_pretrained(Path(path), verify=verify)
     try:
         config = ModelArchitectureConfig.from_dict(source.fields)
     except UserError as error:

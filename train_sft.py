@@ -139,7 +139,7 @@ def train(resolved: Resolved[TrainSettings], world: World, watchdog: Watchdog) -
     settings = resolved.settings
     with OutDirLock(Path(settings.out_dir)) as lock:
         start = make_sure(
-            settings, world, lock, load=partial(load_base, settings), build=partial(build_model, settings, world)
+            settings, world, lock, load=partial(load_base, settings, world), build=partial(build_model, settings, world)
         )
         model, (loader, steps, _) = start.model, start.course
         autocast = settings.autocast_dtype(world.device)
@@ -238,10 +238,14 @@ def loop(settings: TrainSettings, run: Run, *, steps: int) -> None:
                 run.milestone(saves=saves)
 
 
-def load_base(settings: TrainSettings, source: Path) -> ConfigurableGPT:
-    """The model of a checkpoint, on the CPU; in a dry run on the device meta: shapes without numbers."""
+def load_base(settings: TrainSettings, world: World, source: Path) -> ConfigurableGPT:
+    """The model of a checkpoint, on the CPU; in a dry run on the device meta: shapes without numbers.
+
+    The main rank verifies it for all; what is resumed has been verified when it was found.
+    """
     dtype = torch.float64 if settings.dtype == "float64" else torch.float32
-    return load_pretrained(source, "meta" if settings.dry_run else "cpu", dtype)
+    verify = world.is_main and source == Path(settings.checkpoint_path or "")
+    return load_pretrained(source, "meta" if settings.dry_run else "cpu", dtype, verify=verify)
 
 
 def build_model(
@@ -327,6 +331,7 @@ def build_run(resolved: Resolved[TrainSettings], start: Start, journal: Journal,
         training_flops=partial(training_flops, model.config),
         out_dir=out_dir,
         keep_checkpoints=settings.keep_checkpoints,
+        save_optimizer=settings.save_optimizer,
         constants={
             "model_args": model.config.to_dict(),
             "config": to_dict(settings),

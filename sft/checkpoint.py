@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 
 from sft.errors import UserError
-from sft.files import link_whole, partial_of, write_whole
+from sft.files import link_whole, write_whole
 from sft.seal import ARCHIVE_STARTS, damage, seal
 
 NUMBERED = re.compile(r"ckpt_([0-9]{6,})\.pt")
@@ -63,11 +62,9 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> dic
 def _verify(path: Path) -> None:
     try:
         found = damage(path)
-    except (OSError, MemoryError) as error:
-        if getattr(error, "errno", None) != errno.EINVAL:  # which is what seeking to a damaged place ends in
-            raise
-        raise DamagedCheckpoint(f"{path}: {NO_CHECKPOINT}") from error
-    except Exception as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # as the reader of archives has it
         raise DamagedCheckpoint(f"{path}: {NO_CHECKPOINT}") from error
     if found is not None:
         raise DamagedCheckpoint(f"{path}: damaged ({found}); use another one")
@@ -179,9 +176,3 @@ def _set_aside(path: Path, *, instead: Path) -> None:
         if path != best and best.exists() and os.path.samefile(path, best):
             os.unlink(best)
         os.replace(path, path.with_name(path.name + ".damaged"))
-
-
-def remove_partial_files(folder: str | os.PathLike[str]) -> None:
-    """Delete what a killed save left behind."""
-    for path in Path(folder).glob(partial_of(Path("ckpt*.pt")).name):
-        path.unlink(missing_ok=True)

@@ -80,6 +80,14 @@ def link_whole(target: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
+def remove_partials(folder: Path, *patterns: str) -> None:
+    """Delete what killed writers of files with such names have left; none may be at work."""
+    for pattern in patterns:
+        for path in folder.glob(partial_of(Path(pattern)).name):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
 def sync_folder(folder: Path) -> None:
     """Force the names in a folder to the disk, where the file system can do that."""
     try:

@@ -95,8 +95,11 @@ class Pretrained:
             print(f"{self.path}: {note} (Transformers does the same)", file=sys.stderr)
 
 
-def open_pretrained(path: Path) -> Pretrained:
-    """A Hugging Face folder, a checkpoint file, or a folder with a ckpt.pt. Raises UserError for anything else."""
+def open_pretrained(path: Path, *, verify: bool = True) -> Pretrained:
+    """A Hugging Face folder, a checkpoint file, or a folder with a ckpt.pt. Raises UserError for anything else.
+
+    `verify` compares the checksums of a checkpoint, as read_checkpoint does.
+    """
     if is_hugging_face_folder(path):
         config = huggingface.read_config(path)
         try:
@@ -106,7 +109,7 @@ def open_pretrained(path: Path) -> Pretrained:
         tensors = huggingface.stored_tensors(path)
         _refuse_too_many_layers(path, fields, tensors)
         return Pretrained(path, fields, tensors, huggingface.name_table(fields))
-    return _open_checkpoint(checkpoint_file(path))
+    return _open_checkpoint(checkpoint_file(path), verify=verify)
 
 
 def is_hugging_face_folder(path: Path) -> bool:
@@ -122,8 +125,8 @@ def checkpoint_file(path: Path) -> Path:
     return path / "ckpt.pt"
 
 
-def _open_checkpoint(path: Path) -> Pretrained:
-    content = read_checkpoint(path)
+def _open_checkpoint(path: Path, *, verify: bool) -> Pretrained:
+    content = read_checkpoint(path, verify=verify)
     state, fields = content.get("model"), content.get("model_args")
     if not isinstance(state, dict) or not isinstance(fields, dict):
         raise UserError(f"{path}: is no model checkpoint, since it lacks 'model' or 'model_args'")

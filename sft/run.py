@@ -46,6 +46,7 @@ class Run:
         training_flops: Callable[[Totals], int],
         out_dir: Path,
         keep_checkpoints: int | None,
+        save_optimizer: bool,
         constants: Mapping[str, Any],
         wrap: Callable[[nn.Module], nn.Module],
         watch: StepWatch,
@@ -60,7 +61,8 @@ class Run:
         self.world, self.model, self.optimizer = world, model, optimizer
         self.loader, self.validation, self.journal = loader, validation, journal
         self.training_flops = training_flops
-        self.out_dir, self.keep_checkpoints, self.constants = out_dir, keep_checkpoints, constants
+        self.out_dir, self.keep_checkpoints, self.save_optimizer = out_dir, keep_checkpoints, save_optimizer
+        self.constants = constants
         self.local_loss = SummedLoss(model, autocast_dtype=autocast_dtype, loss=loss)
         self.loss_module = wrap(self.local_loss)
         self.progress = Progress(world)
@@ -209,7 +211,7 @@ class Run:
         content = {
             **self.constants,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **({"optimizer": self.optimizer.state_dict()} if self.save_optimizer else {}),
             "iter_num": self.iter_num,
             "rows_seen": self.rows_seen,
             "order": self.order.hex(),
@@ -222,14 +224,22 @@ class Run:
         }
         try:
             path = save_checkpoint(
-                self.out_dir, content, iter_num=self.iter_num, best=is_best, keep=self.keep_checkpoints
+                self.out_dir,
+                content,
+                iter_num=self.iter_num,
+                best=is_best,
+                keep=self.keep_checkpoints,
+                last=self.iter_num == self.journal.steps,
             )
-        except (OSError, RuntimeError) as error:  # torch.save reports some refusals of the disk as RuntimeError
+        except (OSError, RuntimeError) as error:
             return None, str(error)
         return path, ""
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from the content of a checkpoint, whose weights the model has already."""
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on from the content of a checkpoint, whose weights the model has already.
+
+        `saved` is empty afterwards: while its tensors are mapped the file takes room on the disk, deleted or not.
+        """
         restore_optimizer(self.optimizer, saved["optimizer"])
         self.iter_num = saved["iter_num"]
         self.rows_seen = saved["rows_seen"]
@@ -239,6 +249,7 @@ class Run:
         self.trained_tokens_seen = saved["trained_tokens_seen"]
         self.val_loss, self.best_val_loss = saved["val_loss"], saved["best_val_loss"]
         self.progress.load_state(saved["progress"])
+        saved.clear()
 
     def close(self, status: str) -> None:
         """The last word in the run log, after everything that start() began has ended; the ranks need not agree."""
@@ -280,7 +291,15 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
     for group, values in zip(optimizer.param_groups, chosen, strict=True):
         group.update(values)
         for parameter in group["params"]:
-            for name, moment in optimizer.state[parameter].items():
+            for name, moment in own(optimizer.state[parameter]).items():
                 if isinstance(moment, Tensor) and moment.dim() > 0 and moment.shape != parameter.shape:
                     shapes = f"{name} has shape {tuple(moment.shape)}, its parameter {tuple(parameter.shape)}"
                     raise UserError(f"the checkpoint's optimizer state does not fit the model ({shapes}); start afresh")
+
+
+def own(moments: dict[str, Any]) -> dict[str, Any]:
+    """The moments of a parameter with copies for those that are still mapped from a file, which could not go before."""
+    for name, moment in moments.items():
+        if isinstance(moment, Tensor) and moment.device.type == "cpu":
+            moments[name] = moment.clone()
+    return moments

@@ -22,7 +22,8 @@ ARCHIVE_STARTS = b"PK\x03\x04"
 MARK = b"sealed v1 sha256 "
 HEX_DIGITS = 64
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # before each record: ARCHIVE_STARTS ... length of name, length of padding
-END_STARTS, END_BYTES = b"PK\x05\x06", 22  # of what closes an archive, without the comment
+END = struct.Struct("<4s16xH")  # of an archive: END_STARTS ... length of the comment, which follows
+END_STARTS = b"PK\x05\x06"
 READ_AT_ONCE = 1 << 20
 READERS = 8  # threads
 
@@ -41,9 +42,9 @@ def seal(file: BinaryIO) -> None:
     file.flush()
     try:
         records, _ = layout(file)
+    except OSError:
+        raise
     except Exception as error:
-        if isinstance(error, OSError):
-            raise
         raise OSError(errno.EIO, f"the file does not hold what was written ({error})") from error
     end = file.seek(0, os.SEEK_END)
     file.seek(end - 2)  # the length of the comment
@@ -73,10 +74,19 @@ def damage(path: Path) -> str | None:
 
 def layout(file: BinaryIO) -> tuple[list[Record], bytes]:
     """The records of an archive in their order in the file, and its comment; BadZipFile, and others, for damage."""
+    try:
+        return _layout(file)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise zipfile.BadZipFile("it tells of places before the file") from error
+
+
+def _layout(file: BinaryIO) -> tuple[list[Record], bytes]:
     with zipfile.ZipFile(file) as archive:
         entries, comment, directory = archive.infolist(), archive.comment, archive.start_dir
-    file.seek(file.seek(0, os.SEEK_END) - END_BYTES - len(comment))
-    if file.read(len(END_STARTS)) != END_STARTS:
+    file.seek(file.seek(0, os.SEEK_END) - END.size - len(comment))
+    if END.unpack(file.read(END.size)) != (END_STARTS, len(comment)):
         raise zipfile.BadZipFile("the archive does not end where the file ends")
     records = []
     for entry in sorted(entries, key=lambda entry: entry.header_offset):

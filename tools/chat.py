@@ -84,7 +84,8 @@ def load_model_and_tokenizer(path: Path, settings: ChatSettings) -> tuple[Config
     """The model of a checkpoint and the tokenizer it was trained with; UserError where they do not belong together."""
     trained_with = None  # a Hugging Face folder does not say
     if not is_hugging_face_folder(path):
-        trained_with = read_checkpoint(checkpoint_file(path)).get("tokenizer_fingerprint")
+        content = read_checkpoint(checkpoint_file(path), verify=False)  # load_pretrained will
+        trained_with = content.get("tokenizer_fingerprint")
     tokenizer = load_tokenizer(settings.tokenizer or (path if path.is_dir() else path.parent))
     if trained_with not in (None, tokenizer.fingerprint):
         raise UserError(f"{tokenizer.path}: not the tokenizer that {path} was trained with; see --tokenizer=")
