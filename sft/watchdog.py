@@ -22,7 +22,7 @@ from sft.world import World, is_lost_peer
 STDERR = 2  # the descriptor: the main thread may hold the lock of sys.stderr
 LAST_WORDS_SECONDS = 2.0  # for each of them: stderr or the disk may be what hangs
 LOOKS = 10  # of the watchdog in each timeout
-NOTICE_SECONDS = 10.0  # at most, between two moments at which the other ranks are told where this one is
+NOTICE_SECONDS = 1.0  # at most, between two moments at which the other ranks are told where this one is
 OWN_THREADS = ("watchdog", "notices", HELPER)
 MOST_NAMED = 8  # ranks
 # What a thread of Python cannot end, since the interpreter's lock is never given back, is ended so much later; and
@@ -166,7 +166,7 @@ def ranks_behind(who: str, beat: Beat, told: Mapping[int, Notice]) -> Iterator[s
         if (notice.step, notice.number) < (beat.step, beat.number)
     )
     for _, _, rank in behind[:MOST_NAMED]:
-        yield f"rank {rank} {told[rank]}: {who} waits for it"
+        yield f"rank {rank} {told[rank]}; {who} waits for it in {beat.place}"
     if len(behind) > MOST_NAMED:
         yield f"and {len(behind) - MOST_NAMED} other ranks are behind"
     if told and not behind:
