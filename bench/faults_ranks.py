@@ -6,6 +6,7 @@ it, gloo between the ranks, and the exit status that the program leaves with.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -17,6 +18,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch._dynamo  # noqa: F401  # the program imports it when it makes a model, which takes seconds
 
 import prepare_sft
 import train_sft
@@ -94,6 +97,7 @@ def forked(act: Callable[[], None], output: Path) -> int:
 def end_with(act: Callable[[], None], output: Path) -> NoReturn:
     """Run act() and leave the process at once, as a program that was interpreted would."""
     status = 1
+    gc.freeze()  # what the parent has made is never garbage
     try:
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)

@@ -176,7 +176,9 @@ def run_cases(cases: Sequence[Case], data: Path, folder: Path) -> Iterator[tuple
             while waiting and len(running) < AT_ONCE:
                 case = waiting.pop(0)
                 place = place_of(case, folder)
-                running.append(Running(case, run_arguments(data, place / "out", **SETTINGS, **case.settings), place))
+                running.append(
+                    Running(case, run_arguments(data, place / "out", **{**SETTINGS, **case.settings}), place)
+                )
             for each in list(running):
                 if (ended := each.look()) is not None:
                     running.remove(each)
