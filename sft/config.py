@@ -26,7 +26,7 @@ from sft.settings_help import IsDataclass, default_of, field_comments, help_text
 from sft.settings_types import checked, options, read_text, type_name
 from sft.untrusted import MEBIBYTE, read_json
 
-__all__ = ["Resolved", "fingerprint", "help_text", "load_settings", "markdown_table", "to_dict"]
+__all__ = ["Resolved", "fingerprint", "help_text", "load_settings", "markdown_table", "to_dict", "words_of"]
 
 COMMAND_LINE = "command line"
 LARGEST_RUN_LOG = 256 * MEBIBYTE  # a million records
@@ -72,6 +72,13 @@ def load_settings(
     if unread or problems:
         raise listed("the settings cannot be used:", [*unread, *problems])
     return Resolved(settings, origins)
+
+
+def words_of(cls: type[IsDataclass], argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of argv that name a setting of cls, and all others: for a program that passes those on to another."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    own = [word for word in argv if word.startswith("--") and word[2:].partition("=")[0] in names]
+    return own, [word for word in argv if word not in own]
 
 
 def assign(

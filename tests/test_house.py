@@ -38,7 +38,7 @@ LOWEST = {
         "nfc",
     ),
     *("duplicates", "workers", "preparation", "tally", "joining", "audit", "ledger", "packing", "arrays"),
-    *("untrusted", "npy_header", "meta_shape", "safetensors_header"),
+    *("untrusted", "npy_header", "meta_shape", "safetensors_header", "interruption"),
     *("files", "seal", "prepared_writer", "data_summary", "data_report", "sample_view", "sample_choice", "page"),
 }
 HIGHEST = {
