@@ -61,8 +61,8 @@ def test_the_log_has_the_promised_shape(tmp_path: Path):
     log.finish("finished", {"best_val_loss": 0.5})
     shown = read(log)
     assert list(shown) == [
-        *("run_name", "start_time", "status", "config", "origin", "startup_info", "training_iterations"),
-        *("eval_steps", "checkpoints", "events", "summary"),
+        *("run_name", "start_time", "parent", "status", "config", "origin", "startup_info"),
+        *("training_iterations", "eval_steps", "checkpoints", "events", "summary"),
     ]
     assert shown["config"] == {"seed": 1, "model": {"n_layer": 2}}
     assert shown["startup_info"] == {"parameters": 123, "devices": ["cpu"]}
@@ -188,19 +188,15 @@ def test_an_out_dir_that_cannot_be_written_is_the_users_to_put_right(tmp_path: P
         open_log(tmp_path / "file" / "run")
 
 
-def test_a_save_that_fails_keeps_the_last_good_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    log = open_log(tmp_path)
-    log.event("resumed")
-
+def test_a_log_that_cannot_be_begun_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"run_.*json cannot be written: No space left on device") as caught:
-        log.event("signal")
+        open_log(tmp_path)
     assert caught.value.exit_status == 1
-    assert [event["kind"] for event in read(log)["events"]] == ["resumed"]
-    assert list(tmp_path.iterdir()) == [log.path]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_status_is_one_of_the_three(tmp_path: Path):
