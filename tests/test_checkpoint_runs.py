@@ -1,0 +1,140 @@
+"""What a run makes of its checkpoints: who verifies them, what is left out of them, what comes of a damaged one."""
+
+import pytest
+import torch
+
+import train_sft
+from model_builder import load_pretrained
+from sft import checkpoint
+from sft.checkpoint import read_checkpoint
+from sft.errors import UserError
+from tests.launch import torchrun
+from tests.test_checkpoint import names
+from tests.test_train import run_log
+
+GOES_ON = {"resume": "required", "lr_decay_iters": 4}
+
+
+def damage(path):
+    content = torch.load(path, weights_only=True)
+    start = content["model"]["token_embeddings.weight"].numpy().tobytes()[:64]
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(start) + 5] ^= 4
+    path.write_bytes(whole)
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """The files that were verified, in order."""
+    verified, damage = [], checkpoint.damage
+    monkeypatch.setattr(checkpoint, "damage", lambda path: verified.append(path.name) or damage(path))
+    return verified
+
+
+def test_a_run_verifies_what_it_begins_with_once(arguments, tmp_path, looks):
+    train_sft.main(arguments(eval_interval="none"))
+    assert looks == []
+    train_sft.main(arguments(**GOES_ON, max_iters=5))
+    assert looks == ["ckpt_000004.pt"]
+    looks.clear()
+    start = {"model": "none", "checkpoint_path": tmp_path / "out" / "ckpt.pt", "out_dir": tmp_path / "next"}
+    train_sft.main(arguments(**start))
+    assert looks == ["ckpt.pt"]
+
+
+WORKER = """
+import sys
+from tests.test_checkpoint import mapped_files
+import train_sft
+from sft import checkpoint
+from sft.run import Run
+
+damage, restore, verified = checkpoint.damage, Run.restore, []
+checkpoint.damage = lambda path: verified.append(path.name) or damage(path)
+
+def restoring(run, saved):
+    devices = {x.device.type for x in (*saved["optimizer"]["state"][0].values(), *saved["model"].values())}
+    mapped = any(name.endswith("ckpt_000004.pt") for name in mapped_files())
+    restore(run, saved)
+    released = not any(name.endswith("ckpt_000004.pt") for name in mapped_files())
+    print(f"rank {run.world.rank}: verified {verified}, {devices}, mapped {mapped}, released {released}", flush=True)
+
+Run.restore = restoring
+train_sft.main(sys.argv[1:])
+"""
+
+
+def test_one_rank_verifies_and_all_map_the_file_and_let_it_go(arguments, tmp_path):
+    train_sft.main(arguments())
+    (tmp_path / "worker.py").write_text(WORKER)
+    changes = {**GOES_ON, "max_iters": 5, "gradient_accumulation_steps": 1, "allow_change": "rows_per_step"}
+    done = torchrun(2, tmp_path / "worker.py", *arguments(**changes))
+    for rank, verified in enumerate((["ckpt_000004.pt"], [])):
+        assert f"rank {rank}: verified {verified}, {{'cpu'}}, mapped True, released True" in done.stdout
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(arguments, tmp_path, capsys):
+    train_sft.main(arguments(save_interval=2, eval_interval="none"))
+    whole = load_pretrained(tmp_path / "out" / "ckpt.pt").state_dict()
+    damage(tmp_path / "out" / "ckpt_000004.pt")
+    with pytest.raises(UserError, match=r"ckpt\.pt: damaged \(archive/data/\d+: not the checksum that was stored\)"):
+        load_pretrained(tmp_path / "out" / "ckpt.pt")
+    train_sft.main([*arguments(**GOES_ON, save_interval=2, eval_interval="none"), "--dry_run"])
+    assert (tmp_path / "out" / "ckpt_000004.pt").exists()
+    train_sft.main(arguments(**GOES_ON, save_interval=2, eval_interval="none"))
+    assert capsys.readouterr().out.count("ckpt_000004.pt: damaged") == 2
+    assert {"ckpt_000002.pt", "ckpt_000004.pt", "ckpt_000004.pt.damaged"} <= {*names(tmp_path / "out")}
+    for name, value in load_pretrained(tmp_path / "out" / "ckpt.pt").state_dict().items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_a_damaged_base_is_refused(arguments, tmp_path):
+    train_sft.main(arguments())
+    damage(tmp_path / "out" / "ckpt_000004.pt")
+    for source in ("ckpt.pt", "."):
+        start = {"model": "none", "checkpoint_path": tmp_path / "out" / source, "out_dir": tmp_path / "next"}
+        with pytest.raises(UserError, match=r"ckpt\.pt: damaged"):
+            train_sft.main(arguments(**start))
+
+
+def test_a_folder_that_has_lost_its_numbered_checkpoints_goes_on_from_another_name(arguments, tmp_path):
+    train_sft.main(arguments())
+    (tmp_path / "out" / "ckpt_000004.pt").unlink()
+    train_sft.main(arguments(**GOES_ON, max_iters=5))
+    assert run_log(tmp_path / "out")["summary"]["iter"] == 5
+
+
+def test_weights_alone_are_a_third_and_start_a_run_but_do_not_continue_one(arguments, tmp_path):
+    train_sft.main(arguments(out_dir=tmp_path / "whole"))
+    train_sft.main(arguments(save_optimizer=False))
+    path = tmp_path / "out" / "ckpt_000004.pt"
+    whole, alone = read_checkpoint(tmp_path / "whole" / "ckpt.pt"), read_checkpoint(path)
+    assert whole.keys() - alone.keys() == {"optimizer"}
+    assert all(torch.equal(value, alone["model"][name]) for name, value in whole["model"].items())
+    assert path.stat().st_size < 0.45 * (tmp_path / "whole" / "ckpt.pt").stat().st_size
+    with pytest.raises(
+        UserError, match="has no optimizer, so it cannot be resumed; start from it with --checkpoint_path"
+    ):
+        train_sft.main(arguments(**GOES_ON))
+    train_sft.main(arguments(model="none", checkpoint_path=path, out_dir=tmp_path / "next"))
+
+
+def test_one_checkpoint_is_kept_at_the_end_and_two_where_a_signal_ends_the_run(arguments, tmp_path, monkeypatch):
+    options = {"keep_checkpoints": 1, "save_interval": 1, "eval_interval": "none"}
+    train_sft.main(arguments(**options))
+    assert [name for name in names(tmp_path / "out") if name.startswith("ckpt_0")] == ["ckpt_000004.pt"]
+    monkeypatch.setattr(train_sft.Run, "_write_checkpoint", stop_after_three(train_sft.Run._write_checkpoint))
+    with pytest.raises(KeyboardInterrupt):
+        train_sft.main(arguments(**options, out_dir=tmp_path / "stopped"))
+    found = [name for name in names(tmp_path / "stopped") if name.startswith("ckpt_0")]
+    assert found == ["ckpt_000002.pt", "ckpt_000003.pt"]
+
+
+def stop_after_three(write):
+    def writing(run, is_best):
+        result = write(run, is_best)
+        if run.iter_num == 3:
+            raise KeyboardInterrupt
+        return result
+
+    return writing
