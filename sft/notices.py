@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import threading
@@ -67,11 +66,14 @@ class Notices:
         self.rank, self.size = rank, size
         self._store: dist.Store | None = None
 
-    def post(self, notice: Notice) -> None:
-        """Replace the notice of this rank. A store that hangs is waited for; one that fails is passed over."""
-        with contextlib.suppress(RuntimeError):
+    def post(self, notice: Notice) -> bool:
+        """Replace the notice of this rank; False where there is no store any more. One that hangs is waited for."""
+        try:
             self._store = self._store or connect()
             self._store.set(str(self.rank), json.dumps(asdict(notice)))
+        except RuntimeError:
+            return False
+        return True
 
     def read(self) -> dict[int, Notice]:
         """By rank: of all others, as far as they are to be had in time."""

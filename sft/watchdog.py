@@ -115,14 +115,13 @@ class Watchdog:
                 return
             self._arm()
 
-    def _post(self) -> None:
+    def _post(self) -> bool:
         assert self._notices is not None
-        self._notices.post(notice_of(heart.last, failure=self._failure))
+        return self._notices.post(notice_of(heart.last, failure=self._failure))
 
     def _post_often(self) -> None:
-        self._post()
-        while not self._over.wait(min(self.timeout / LOOKS, NOTICE_SECONDS)):
-            self._post()
+        while self._post() and not self._over.wait(min(self.timeout / LOOKS, NOTICE_SECONDS)):
+            pass
 
     def _end(self, beat: Beat) -> None:
         since = datetime.fromtimestamp(time.time() - (time.monotonic() - beat.at))
@@ -137,7 +136,7 @@ class Watchdog:
 
 def in_a_line(error: BaseException) -> str:
     line, _, more = str(error).partition("\n")
-    return f"{type(error).__name__}: {line}{' ...' if more else ''}"
+    return type(error).__name__ + (f": {line}" if line else "") + (" ..." if more else "")
 
 
 def say(*lines: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,9 +39,14 @@ class World:
         return self.rank == 0
 
     def print(self, line: str) -> None:
-        """Print on the main rank only."""
-        if self.is_main:
+        """Print on the main rank only. A console that has gone, or a full disk behind it, ends no run."""
+        if not self.is_main:
+            return
+        try:
             print(line, flush=True)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:  # there may be room again; who reads has left for good
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def sum(self, values: Tensor) -> Tensor:
         """The elementwise sum of a tensor over all ranks; every rank must call it, with the same shape."""

@@ -60,7 +60,7 @@ WHAT: dict[str, Callable[[], Any]] = {
     "hang": lambda: time.sleep(600),
     "gil": lambda: ctypes.PyDLL(None).sleep(600),  # what PyDLL calls keeps the interpreter's lock
     "raise": fail,
-    "nap": lambda: time.sleep(3),
+    "nap": lambda: time.sleep(float(os.environ.get("NAP", "3"))),
 }
 
 
