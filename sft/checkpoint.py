@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +13,7 @@ import torch
 
 from sft.errors import UserError
 from sft.files import link_whole, write_whole
-from sft.seal import ARCHIVE_STARTS, damage, seal
+from sft.seal import ARCHIVE_STARTS, damage, layout, seal
 
 NUMBERED = re.compile(r"ckpt_([0-9]{6,})\.pt")
 NEWEST, BEST = "ckpt.pt", "ckpt_best.pt"  # further names of numbered ones
@@ -41,7 +41,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> dic
             is_archive = file.read(len(ARCHIVE_STARTS)) == ARCHIVE_STARTS
         if verify and is_archive:
             _verify(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if is_archive else _legacy(path)
+        content = _mapped(path) if is_archive else _legacy(path)
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{path}: cannot be read ({reason})") from error
@@ -68,6 +68,31 @@ def _verify(path: Path) -> None:
         raise DamagedCheckpoint(f"{path}: {NO_CHECKPOINT}") from error
     if found is not None:
         raise DamagedCheckpoint(f"{path}: damaged ({found}); use another one")
+
+
+def _mapped(path: Path) -> Any:
+    """The content of an archive, its tensors mapped; ValueError where one of them is not made of a whole record.
+
+    torch.load maps as many bytes as the pickle says, whatever the record has, its neighbours included.
+    """
+    held = []
+
+    def stay(storage: Any, location: str) -> Any:
+        held.append((storage.data_ptr(), storage.nbytes()))
+        return storage  # on the CPU, wherever it came from
+
+    content = torch.load(path, map_location=stay, weights_only=True, mmap=True)
+    with open(path, "rb") as file:
+        records = [(start, size) for name, start, size, _ in layout(file)[0] if name.split("/")[1:2] == ["data"]]
+    of_tensors, of_records = (sorted(place for place in places if place[1]) for places in (held, records))
+    if _apart(of_tensors) != _apart(of_records):
+        raise ValueError("its tensors are not what its records are")
+    return content
+
+
+def _apart(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The places (start, size) as seen from the first one."""
+    return [(start - places[0][0], size) for start, size in places]
 
 
 def _legacy(path: Path) -> Any:

@@ -95,8 +95,15 @@ def tell(error: BaseException, *, is_first: bool) -> int:
     return EXIT_FAILED
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    print(harmless(text), file=sys.stderr, flush=True)
+
+
+def harmless(text: str) -> str:
+    """The text with all spelled out that could steer a terminal, as names from a file could; line ends stay."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
 
 
 def tell_torchrun(cause: str) -> None:
