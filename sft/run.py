@@ -117,7 +117,7 @@ class Run:
             grad_clip=grad_clip,
             world=self.world,
             judge=self.watch.judge,
-            stop=self.asked_to_stop(),
+            asked_to_stop=self.asked_to_stop,
         )
         self.progress.add_step(result.loss_sum, first.target_weight, result.judgement.skips)
         self.learning_rate, self.grad_norm = learning_rate, result.grad_norm

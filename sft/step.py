@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,13 +61,13 @@ def train_step(
     grad_clip: float | None,
     world: World,
     judge: Judge | None = None,
-    stop: bool = False,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Update the parameters once with the gradient of (sum of losses of all ranks) / target_weight.
 
     Unless the loss of any rank, or the gradient, is not finite, or `judge` finds the step out of the ordinary: then
     parameters and moments stay as they are, to the bit. All ranks agree in one all-reduce, in which they also tell
-    whether one was asked to `stop`.
+    whether one was `asked_to_stop` until then.
 
     `loss_module` is a SummedLoss, or one wrapped in DDP; `batches` are this rank's micro-batches, of which every rank
     has equally many; `target_weight` is the sum of target weights over all ranks and micro-batches of the step.
@@ -79,7 +79,7 @@ def train_step(
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if grad_clip is None else grad_clip)
         judge = judge or Judge(world)
-        judgement = judge.judge(loss_sum, grad_norm.detach(), target_weight=target_weight, stop=stop)
+        judgement = judge.judge(loss_sum, grad_norm.detach(), target_weight=target_weight, stop=asked_to_stop())
         assert getattr(optimizer, "_step_supports_amp_scaling", False), "a fused optimizer, which can leave out a step"
         # read on the device, as where a GradScaler has found an overflow
         optimizer.found_inf = judgement.skips.float()  # type: ignore[attr-defined]
