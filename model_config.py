@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def architecture_problems(model: str | Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with a preset's name or some fields of an architecture, whatever the data will add to them."""
     if isinstance(model, str):
         if model not in PRESETS:
-            yield f"no preset is called {model!r}; there are {', '.join(PRESETS)}"
+            yield f"no preset is called {reprlib.repr(model)}; there are {', '.join(PRESETS)}"
         return
     try:
         ModelArchitectureConfig.from_dict({"vocab_size": 1, "block_size": 1, **model})
@@ -150,12 +151,12 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(str(name), fields, n=1)
-            problems.append(f"unknown field {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            problems.append(f"unknown field {reprlib.repr(name)}" + (f"; did you mean {close[0]!r}?" if close else ""))
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             problems.append(f"{name} is missing")
         elif name in values and not accepts(hints[name], values[name]):
-            problems.append(f"{name} must be {type_name(hints[name])}, not {values[name]!r}")
+            problems.append(f"{name} must be {type_name(hints[name])}, not {reprlib.repr(values[name])}")
     # Ranges and contradictions are looked for only among values of the right type.
     sound = {name: values.get(name, field.default) for name, field in fields.items()}
     sound = {name: value for name, value in sound.items() if accepts(hints[name], value)}

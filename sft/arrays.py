@@ -26,7 +26,7 @@ from sft.errors import UserError, listed
 from sft.files import partial_of
 from sft.meta_shape import misfits
 from sft.npy_header import read_npy_header
-from sft.untrusted import MEBIBYTE, is_plain_name, leads_out, read_json
+from sft.untrusted import MEBIBYTE, MOST_IDS, is_plain_name, leads_out, read_json
 
 FORMAT = "prepared conversations"
 FORMAT_VERSION = 2
@@ -37,7 +37,6 @@ AGAIN = "run prepare_sft.py again"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # and *.tiktoken
 MOST_NAMED = 10  # problems in one message
 LARGEST_META = 64 * MEBIBYTE  # it has a few hundred bytes for each source
-MOST_IDS = 2**24  # of a vocabulary; a model gets a row for each, and the largest there are have a million
 
 
 def file_name(split: str, part: str) -> str:

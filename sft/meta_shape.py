@@ -21,16 +21,21 @@ class Each(NamedTuple):
     shape: Any
 
 
-class OrNull(NamedTuple):
+class Either(NamedTuple):
+    """A plain value, or something of a shape."""
+
+    plain: Kind
     shape: Any
 
 
 COUNT = Kind("a whole number from 0", lambda value: type(value) is int and 0 <= value < 2**63)
 WHOLE = Kind("a whole number", lambda value: type(value) is int and abs(value) < 2**63)
 NUMBER = Kind("a number", lambda value: type(value) in (int, float) and abs(value) < 1e300)
+NULL = Kind("null", lambda value: value is None)
 TEXT = Kind("a string", lambda value: isinstance(value, str))
 ANYTHING = Kind("anything", lambda value: True)
 COUNTS = Each(dict, COUNT)
+LENGTHS = {"min": NUMBER, "median": NUMBER, "mean": NUMBER, "p95": NUMBER, "max": NUMBER}
 PER_SOURCE = {f"{name}?": COUNT for name in ("records", "conversations", "samples", "tokens", "trained_tokens")}
 
 SHAPE = {  # an object has these fields; those with a question mark may be left out, and others may be there
@@ -48,10 +53,10 @@ SHAPE = {  # an object has these fields; those with a question mark may be left 
     "ledger?": {
         "records?": COUNTS,
         "conversations?": COUNTS,
-        "tokens?": {"total?": COUNT, "masked?": COUNTS, "dropped?": COUNTS},
+        "tokens?": Each(dict, Either(COUNT, COUNTS)),
         "splits?": Each(dict, COUNTS),
     },
-    "lengths?": Each(dict, OrNull({"min": NUMBER, "median": NUMBER, "mean": NUMBER, "p95": NUMBER, "max": NUMBER})),
+    "lengths?": Each(dict, Either(NULL, LENGTHS)),
     "noticed?": Each(dict, {"conversations": COUNT, "first?": Each(list, TEXT)}),
     "bad_records?": Each(list, TEXT),
     "leaks?": {
@@ -59,14 +64,14 @@ SHAPE = {  # an object has these fields; those with a question mark may be left 
         "exact?": COUNT,
         "first?": Each(list, {"validation": TEXT, "training": TEXT, "similarity": NUMBER}),
     },
-    "audit?": OrNull(Each(dict, ANYTHING)),
+    "audit?": Either(NULL, Each(dict, ANYTHING)),
 }
 
 
 def misfits(value: Any, shape: Any = SHAPE, name: str = "") -> Iterator[str]:
     """A sentence for each part of the value that is not of the shape."""
-    if isinstance(shape, OrNull):
-        if value is None:
+    if isinstance(shape, Either):
+        if shape.plain.fits(value):
             return
         shape = shape.shape
     if isinstance(shape, Kind):
@@ -74,7 +79,8 @@ def misfits(value: Any, shape: Any = SHAPE, name: str = "") -> Iterator[str]:
             yield f"{name} must be {shape.name}, not {reprlib.repr(value)}"
         return
     container = shape.container if isinstance(shape, Each) else dict
-    if not isinstance(value, container):
+    is_one: bool = isinstance(value, container)
+    if not is_one:
         yield f"{name} must be {'a list' if container is list else 'an object'}, not {reprlib.repr(value)}"
     elif isinstance(shape, Each):
         for key, item in enumerate(value) if container is list else value.items():

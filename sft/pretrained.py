@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from sft import huggingface
 from sft.checkpoint import read_checkpoint
@@ -39,6 +40,8 @@ class MappedTensor(NamedTuple):
         tensor = self.tensor
         if tensor.layout != torch.strided or tensor.is_meta:
             return f"{tensor.layout} on {tensor.device}"
+        if (stored := tensor.untyped_storage().nbytes()) < tensor.nbytes:  # strides of 0: any shape from a few bytes
+            return f"{tensor.dtype}, repeated from {stored:,} bytes"
         return tensor.dtype
 
     def read(self) -> Tensor:
@@ -140,8 +143,8 @@ def _open_checkpoint(path: Path, *, verify: bool) -> Pretrained:
         name = _unwrapped(given)
         if DERIVED_BUFFERS.search(name):
             continue
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: {given} is of type {type(tensor).__name__}, not a tensor")
+        if type(tensor) not in (Tensor, Parameter) or tensor.is_nested:
+            raise UserError(f"{path}: {given} is of type {type(tensor).__name__}, not a plain tensor")
         if name in tensors:
             raise UserError(f"{path}: holds {name} twice, with and without a wrapper's prefix")
         tensors[name] = MappedTensor(tensor)

@@ -10,11 +10,14 @@ import base64
 import binascii
 import hashlib
 import re
+import reprlib
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Set
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -29,8 +32,9 @@ from sft.byte_pair import (
 )
 from sft.errors import UserError
 from sft.files import copy_whole
-from sft.untrusted import MEBIBYTE, read_bytes, strict_json
+from sft.untrusted import MEBIBYTE, MOST_IDS, read_bytes, strict_json
 
+LONGEST_REASON = 300  # characters of what a library says
 LARGEST_FILE = 128 * MEBIBYTE  # the largest published tokenizer.json has 34
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -68,6 +72,10 @@ class Tokenizer:
         self.files = dict(files)
         self.path = next(iter(self.files.values()))  # as it was named by who loaded it
         self.vocab_size = max(self.token_bytes, default=-1) + 1
+        if self.vocab_size > MOST_IDS:
+            raise UserError(
+                f"{self.path}: has the id {self.vocab_size - 1:,}, no vocabulary has more than {MOST_IDS:,}"
+            )
         self.check()
         self.im_start, self.im_end, self.pad = (self.control[name] for name in (IM_START, IM_END, END_OF_TEXT))
         self.fingerprint = fingerprint_of(self.token_bytes, set(self.control.values()))
@@ -146,17 +154,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def json_tokenizer(path: Path) -> Tokenizer:
     try:
-        text = read_bytes(path, most=LARGEST_FILE)
-        content = strict_json(text)
-        library = tokenizers.Tokenizer.from_str(text.decode())
-    except Exception as error:  # the library raises nothing more particular
-        raise UserError(f"{path}: not a tokenizer.json: {error}") from error
+        return read_json_tokenizer(path)
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # what the libraries raise is nothing more particular, a panic not even an Exception
+        raise UserError(f"{path}: not a tokenizer.json: {str(error)[:LONGEST_REASON]}") from error
+
+
+def read_json_tokenizer(path: Path) -> Tokenizer:
+    text = read_bytes(path, most=LARGEST_FILE)
+    content = strict_json(text)
+    library = tokenizers.Tokenizer.from_str(text.decode())
     library.encode_special_tokens = True  # special: true tokens are ordinary text
     library.no_padding()
     library.no_truncation()
     if hasattr(library.model, "dropout"):
         library.model.dropout = None  # a regulariser that would make ids random
     added = library.get_added_tokens_decoder()
+    refuse_other_ids(path, content, added)
     byte_of = byte_of_character()
     token_bytes = {i: token_to_bytes(token, byte_of) for token, i in library.get_vocab().items()}
     token_bytes |= {i: token.content.encode() for i, token in added.items()}
@@ -170,6 +185,18 @@ def json_tokenizer(path: Path) -> Tokenizer:
         control={token.content: i for i, token in sorted(added.items()) if token.special},
         files=files,
     )
+
+
+def refuse_other_ids(path: Path, content: Mapping[str, Any], added: Mapping[int, tokenizers.AddedToken]) -> None:
+    """UserError where the ids that the file gives are not those that the library makes of them."""
+    told = Counter((token["content"], token["id"]) for token in content.get("added_tokens") or [])
+    made = Counter((token.content, i) for i, token in added.items())
+    if odd := (told - made) + (made - told):
+        name, _ = min(odd)
+        raise UserError(f"{path}: the added token {reprlib.repr(name)} occurs twice, or gets another id than it says")
+    vocabulary = content["model"].get("vocab")
+    if isinstance(vocabulary, dict) and len(set(vocabulary.values())) < len(vocabulary):
+        raise UserError(f"{path}: its vocabulary has two tokens of one id")
 
 
 def tiktoken_tokenizer(path: Path) -> Tokenizer:

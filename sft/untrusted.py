@@ -14,6 +14,7 @@ from sft.conversation import BadRecord
 from sft.json_records import TOO_DEEP, refuse_constant, refuse_deep, without_duplicates
 
 MEBIBYTE = 2**20
+MOST_IDS = 2**22  # of a vocabulary: a model gets a row for each, and the largest there are have a million
 HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells a surrogate; pairs of them are characters
 
 

@@ -151,7 +151,9 @@ DAMAGES = {
     "not written by prepare_sft.py": lambda folder: (folder / "meta.json").write_text("[]"),
     "format version 99, this program reads 2": lambda f: edit_meta(f, lambda meta: meta.update(format_version=99)),
     "arrays must be an object, not None": lambda f: edit_meta(f, lambda meta: meta.pop("arrays")),
-    "vocab_size must be a whole number from 0, not None": lambda folder: edit_meta(folder, lambda meta: meta.pop("vocab_size")),
+    "vocab_size must be a whole number from 0, not None": lambda folder: edit_meta(
+        folder, lambda meta: meta.pop("vocab_size")
+    ),
     "max_id must be a whole number, not '9'": lambda folder: edit_meta(folder, lambda meta: meta.update(max_id="9")),
     "pad_id 10 is outside the vocabulary of 10": lambda f: edit_meta(f, lambda meta: meta.update(pad_id=10)),
     "pad_id -1 is outside": lambda folder: edit_meta(folder, lambda meta: meta.update(pad_id=-1)),

@@ -112,7 +112,7 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path):
     model = tiny_model()
     assert "lacks 'model' or 'model_args'" in refusal(save(tmp_path / "a.pt", model, model_args=None))[0]
     assert (
-        "final_norm.weight is of type int, not a tensor"
+        "final_norm.weight is of type int, not a plain tensor"
         in refusal(save(tmp_path / "b.pt", model, model={"final_norm.weight": 3}))[0]
     )
     twice = {**model.state_dict(), "module.final_norm.weight": torch.zeros(32)}

@@ -88,7 +88,7 @@ def prefix_space(library):
 
 
 def whole_words(library):
-    library.model = models.WordLevel({"A": 3, "[UNK]": 4}, unk_token="[UNK]")
+    library.model = models.WordLevel(library.get_vocab(with_added_tokens=False), unk_token="A")
 
 
 def whole_pieces(library):
