@@ -151,7 +151,6 @@ class RunLog:
                 self.save(even_if_just_tried=True)
                 if self._outage is None:
                     break
-            self._stop_timer()
         if self._outage is not None:
             message = f"{self.path} cannot be written to its end: {self._outage.problem}; the checkpoints are untouched"
             if status == "finished":
