@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sft.checkpoint import read_checkpoint
+from sft.past_steps import read_logs
 
 COUNTERS = ("iter_num", "trained_tokens_seen", "val_loss", "best_val_loss", "watch")
 OF_A_STEP = ("loss", "grad_norm", "lr", "trained_tokens", "tokens", "skipped", "order")
@@ -32,14 +32,9 @@ class Comparison(NamedTuple):
     differences: list[Difference]  # in the order of the first tree
 
 
-def logs_of(out_dir: Path) -> list[dict[str, Any]]:
-    """The run logs of a folder, the oldest first."""
-    return [json.loads(path.read_bytes()) for path in sorted(out_dir.glob("run_*.json"))]
-
-
 def outcome(out_dir: Path, *, step: int) -> dict[str, Any]:
     """What a run has come to with a step, in parts: all that must not depend on how often it was interrupted."""
-    saved, logs = read_checkpoint(out_dir / f"ckpt_{step:06d}.pt"), logs_of(out_dir)
+    saved, logs = read_checkpoint(out_dir / f"ckpt_{step:06d}.pt"), read_logs(out_dir)
     return {
         "model": saved["model"],
         "optimizer": saved["optimizer"],

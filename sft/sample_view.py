@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 from sft.samples import NOT_TRAINED
@@ -97,6 +97,17 @@ def spelled(token: int, tokenizer: Tokenizer) -> str:
         return repr(found.decode())
     except UnicodeDecodeError:
         return "bytes " + found.hex(" ").upper()
+
+
+def shortened(sample: Sequence[Piece], most: int | None) -> list[Piece]:
+    """The first and the last pieces of about `most` characters, and between them a mark for what is left out."""
+    lengths = [sum(map(len, piece.runs)) for piece in sample]
+    if most is None or sum(lengths) <= most:
+        return list(sample)
+    first = sum(end <= most // 2 for end in accumulate(lengths))
+    last = len(sample) - sum(end <= most // 2 for end in accumulate(reversed(lengths)))
+    tokens = sum(len(piece.ids) for piece in sample[first:last])
+    return [*sample[:first], Piece((), ("", f"[... {tokens:,} tokens ...]"), False, 0.0, False), *sample[last:]]
 
 
 def painted(sample: Sequence[Piece]) -> Iterator[str]:

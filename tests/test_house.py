@@ -44,6 +44,7 @@ LOWEST = {
 HIGHEST = {
     "step",
     "evaluation",
+    "document_losses",
     "generate",
     "journal",
     "step_watch",

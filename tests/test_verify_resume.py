@@ -12,10 +12,11 @@ import torch
 
 import sft.run
 import train_sft
-from sft.comparison import logs_of
+from sft import verification
 from sft.config import load_settings
 from sft.errors import UserError
 from sft.optim import learning_rate_at
+from sft.past_steps import read_logs
 from sft.run import Run
 from tests.conftest import ROOT
 from tests.ranks import Main, run_program_until
@@ -72,8 +73,8 @@ def verify(arguments, tmp_path, monkeypatch, capsys) -> Callable[..., str]:
             argv = command[command.index(str(verify_resume.TRAINER)) + 1 :]
             return run_program_until(main, argv, is_moment, number)
 
-        monkeypatch.setattr(verify_resume, "run_until", run_until)
-        monkeypatch.setattr(verify_resume, "run", lambda command: run_until(command, lambda _: False, signal.SIGTERM))
+        monkeypatch.setattr(verification, "run_until", run_until)
+        monkeypatch.setattr(verification, "run", lambda command: run_until(command, lambda _: False, signal.SIGTERM))
         given = {"max_iters": 100, "dropout": 0.1, "out_dir": tmp_path / "out" / "mine", **changes}
         verify_resume.main([*arguments(**given), *words])
         return capsys.readouterr().out
@@ -152,7 +153,7 @@ def test_the_learning_rates_are_those_of_the_first_steps_of_the_real_run(argumen
     real = arguments(**changes, eval_interval="none")
     settings = load_settings(train_sft.TrainSettings, real).settings
     train_sft.main([*real, *verify_resume.changes(verify_resume.VerifySettings(steps=5), settings)])
-    (log,) = logs_of(tmp_path / "out")
+    (log,) = read_logs(tmp_path / "out")
     total = total or math.ceil(3 * log["startup_info"]["rows_per_epoch"] / 2)
     warmup = changes.get("warmup_iters", 2)
     rates = [
