@@ -93,7 +93,7 @@ def doubt_base(run: Run, source: str) -> None:
 def first_loss(run: Run) -> float:
     """The mean loss over this rank's first micro-batch of the run, without dropout."""
     batch = next(iter(run.loader.step(run.iter_num, rows_seen=run.rows_seen).batches))
-    weight = batch.trained_tokens if batch.weights is None else float(batch.weights.sum())
+    weight = batch.trained_tokens if batch.weights is None else float(batch.weights.double().sum())
     was_training = run.local_loss.training
     run.local_loss.eval()
     loss_sum = float(run.local_loss(dataclasses.replace(batch, dropout_seed=None)))
