@@ -41,7 +41,7 @@ class Watchdog:
     def __init__(self, timeout: float):
         self.timeout = timeout
         self.last_words: Callable[[str], Any] = lambda status: None  # writes the status of a run that hung into its log
-        self.who = "the run"
+        self.who = f"rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "the run"
         self._notices: Notices | None = None  # None while there is nobody to tell
         self._failure: str | None = None  # of this rank
         self._over = threading.Event()
@@ -53,6 +53,8 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         heart.begin(0)
+        if not faulthandler.is_enabled():  # the stacks of a process that dies of a segmentation fault or a bus error
+            faulthandler.enable(file=STDERR)
         self._arm()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -74,7 +76,7 @@ class Watchdog:
         if world.size == 1:
             yield
             return
-        self.who, self._notices = f"rank {world.rank}", Notices(world.rank, world.size)
+        self._notices = Notices(world.rank, world.size)
         threading.Thread(target=self._post_often, name="notices", daemon=True).start()
         try:
             yield

@@ -24,11 +24,20 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
     """A prepared folder of 60 short conversations, 48 tokens at most."""
-    folder = tmp_path_factory.mktemp("prepared")
+    return prepare(tmp_path_factory.mktemp("prepared"), conversations=60, val_fraction=0.2)
+
+
+@pytest.fixture(scope="session")
+def long_validation(tmp_path_factory) -> Path:
+    """The same with 38 rows of 64 tokens for validation."""
+    return prepare(tmp_path_factory.mktemp("long_validation"), conversations=300, val_fraction=0.4)
+
+
+def prepare(folder: Path, *, conversations: int, val_fraction: float) -> Path:
     words = ["the", "cat", "and", "hat", "sat", "on", "mat", "Paris", "France", "capital", "what", "is", "of"]
     draw = random.Random(0)
     with open(folder / "conversations.jsonl", "w") as file:
-        for _ in range(60):
+        for _ in range(conversations):
             prompt, completion = (" ".join(draw.choices(words, k=draw.randint(1, 6))) for _ in range(2))
             file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
     tokenizer = save_tiny_tokenizer(folder)
@@ -38,7 +47,7 @@ def prepared(tmp_path_factory) -> Path:
             f"--tokenizer={tokenizer}",
             f"--out_dir={folder / 'data'}",
             "--block_size=64",
-            "--val_fraction=0.2",
+            f"--val_fraction={val_fraction}",
         ]
     )
     return folder / "data"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,28 +38,35 @@ def interrupt_twice() -> None:
     time.sleep(0.1)
 
 
-def hang_interrupted() -> None:
-    """Two presses on the keyboard while the main thread never comes back to the interpreter."""
-    for delay in ("0.1", "1.3"):
-        os.spawnlp(os.P_NOWAIT, "sh", "sh", "-c", f"sleep {delay}; kill -INT {os.getpid()}")
-    ctypes.CDLL(None).usleep(60_000_000)
+def interrupt_parent_twice() -> None:
+    """From a process of its own: the first press ends what this one does."""
+    twice = f"kill -INT {os.getppid()}; sleep 2; kill -INT {os.getppid()}"
+    os.spawnlp(os.P_NOWAIT, "sh", "sh", "-c", twice)
+    nap()
+
+
+def nap() -> None:
+    time.sleep(float(os.environ.get("NAP", "3")))
 
 
 WHAT: dict[str, Callable[[], Any]] = {
+    "nothing": lambda: None,
     "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "int": lambda: os.kill(os.getpid(), signal.SIGINT),
     "usr1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
     "parent-term": lambda: os.kill(os.getppid(), signal.SIGTERM),
     "parent-int": lambda: os.kill(os.getppid(), signal.SIGINT),
     "parent-usr1": lambda: os.kill(os.getppid(), signal.SIGUSR1),
+    "parent-kill": lambda: os.kill(os.getppid(), signal.SIGKILL),
+    "parent-term-nap": lambda: (os.kill(os.getppid(), signal.SIGTERM), nap()),
     "int-twice": interrupt_twice,
-    "hang-int-twice": hang_interrupted,
+    "parent-int-twice-nap": interrupt_parent_twice,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": lambda: time.sleep(600),
     "gil": lambda: ctypes.PyDLL(None).sleep(600),  # what PyDLL calls keeps the interpreter's lock
     "raise": fail,
-    "nap": lambda: time.sleep(float(os.environ.get("NAP", "3"))),
+    "nap": nap,
 }
 
 
