@@ -65,7 +65,7 @@ def load_settings(
         doubtful.update(name for name, origin in origins.items() if origin == "default")
     required = [field.name for field in dataclasses.fields(cls) if default_of(field) is dataclasses.MISSING]
     missing = [name for name in required if name not in values]
-    comments = field_comments(cls)
+    comments = field_comments(cls) if missing else {}
     problems += [f"missing setting '{name}': {comments[name]}" for name in missing if name not in doubtful]
     settings = partial_settings(cls, values) if missing else cls(**values)
     problems += contradictions(settings, origins, doubtful, missing)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from sft.continuity import CHANGEABLE
@@ -40,11 +40,11 @@ def wrong_places(settings: Any) -> Iterator[tuple[str, str]]:
     """Of files and folders."""
     if (settings.checkpoint_path is None) == (settings.model is None):
         yield "checkpoint_path", "set checkpoint_path or model: one of the two, the other none"
-    if settings.checkpoint_path is not None and not Path(settings.checkpoint_path).exists():
+    if settings.checkpoint_path is not None and not os.path.exists(settings.checkpoint_path):
         yield "checkpoint_path", f"checkpoint_path {settings.checkpoint_path!r} does not exist"
     if not settings.out_dir:
         yield "out_dir", "out_dir must name a folder"
-    if not Path(settings.sft_data_dir).is_dir():
+    if not os.path.isdir(settings.sft_data_dir):
         yield "sft_data_dir", f"sft_data_dir {settings.sft_data_dir!r} does not exist; write it with prepare_sft.py"
 
 
