@@ -77,8 +77,8 @@ class PastSteps:
             order = order_hash(order, [stream.row(row) for row in self.rows_of(each)])
         if order.hex() != self.orders[until]:
             raise UserError(
-                f"{self.out_dir}: its logs tell that steps {known + 1:,} to {until:,} saw other rows than these settings "
-                "give; are they the run's, and the data? Its log is a configuration, too: run_*.json. --row=NUMBER "
-                "shows any row"
+                f"{self.out_dir}: its logs tell that steps {known + 1:,} to {until:,} saw other rows than these "
+                "settings give; are they the run's, and the data? Its log is a configuration, too: run_*.json. "
+                "--row=NUMBER shows any row"
             )
         return until

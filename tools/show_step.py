@@ -71,9 +71,9 @@ class ShowSettings:
 def main(argv: list[str]) -> None:
     is_help = bool({"--help", "-h"} & set(argv))
     own, theirs = (argv, []) if is_help else words_of(ShowSettings, argv)
-    settings = load_settings(ShowSettings, own, usage=USAGE).settings
-    if not theirs:
+    if not theirs and not is_help:
         raise UserError(f"which configuration? {USAGE}")
+    settings = load_settings(ShowSettings, own, usage=USAGE).settings
     trained = load_settings(train_sft.TrainSettings, theirs, elsewhere=elsewhere.TRAIN).settings
     trained = dataclasses.replace(trained, dropout=0.0, compile=False, dry_run=False)
     with join_world(trained.device if settings.losses else "cpu") as world:

@@ -48,9 +48,9 @@ class VerifySettings:
 def main(argv: list[str]) -> None:
     is_help = bool({"--help", "-h"} & set(argv))
     own, theirs = (argv, []) if is_help else words_of(VerifySettings, argv)
-    settings = load_settings(VerifySettings, own, usage=USAGE).settings
-    if not theirs:
+    if not theirs and not is_help:
         raise UserError(f"which configuration? {USAGE}")
+    settings = load_settings(VerifySettings, own, usage=USAGE).settings
     trained = load_settings(train_sft.TrainSettings, theirs, elsewhere=elsewhere.TRAIN).settings
     near = next(path for path in Path(trained.out_dir).absolute().parents if path.is_dir())
     with temporary_folder(near if settings.folder is None else Path(settings.folder), keeps=settings.keep) as folder:
