@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sft.batches import TrainLoader
 from sft.calibration import StepTime, measure_step
+from sft.checkpoint import FEWEST_WHILE_TRAINING
 from sft.memory import HEADROOM, Estimate, Workload, estimates, gib, memory_at_hand
 from sft.progress import Totals
 from sft.recompute import Recomputing
@@ -160,7 +161,7 @@ def promised_disk(settings: Any, model: Any, steps: int) -> DiskPromise:
     size = checkpoint_bytes(model, with_moments=settings.save_optimizer)
     every = settings.save_interval or steps
     saves = max(1, math.ceil(steps / max(1, every)))
-    kept = saves if settings.keep_checkpoints is None else min(saves, settings.keep_checkpoints)
+    kept = min(saves, max(settings.keep_checkpoints or saves, FEWEST_WHILE_TRAINING))
     has_best = settings.eval_interval is not None
     out_dir = Path(settings.out_dir).absolute()
     folder = next(path for path in (out_dir, *out_dir.parents) if path.exists())

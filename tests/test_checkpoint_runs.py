@@ -1,5 +1,8 @@
 """What a run makes of its checkpoints: who verifies them, what is left out of them, what comes of a damaged one."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -138,3 +141,12 @@ def stop_after_three(write):
         return result
 
     return writing
+
+
+def test_of_all_ranks_the_main_one_verifies_a_base(monkeypatch):
+    told = []
+    monkeypatch.setattr(train_sft, "load_pretrained", lambda *_, verify: told.append(verify))
+    settings = SimpleNamespace(dtype="auto", dry_run=False, checkpoint_path="a.pt")
+    for is_main in (True, False):
+        train_sft.load_base(settings, SimpleNamespace(is_main=is_main), Path("a.pt"))
+    assert told == [True, False]

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import prepare_sft
 import train_sft
@@ -88,12 +90,20 @@ def test_nothing_is_written_anywhere(arguments, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("shape", [{}, {"n_embd": 128, "n_layer": 6}])
-def test_the_size_of_a_checkpoint_is_within_one_percent(arguments, tmp_path, capsys, shape):
+@pytest.mark.parametrize(("shape", "save_optimizer"), [({}, True), ({"n_embd": 128, "n_layer": 6}, True), ({}, False)])
+def test_the_size_of_a_checkpoint_is_within_one_percent(arguments, tmp_path, capsys, shape, save_optimizer):
     model = {"n_layer": 2, "n_head": 2, "n_embd": 64, **shape}
-    (size,) = numbers(r"a checkpoint \(([\d,]+) bytes\)", told(capsys, arguments(model=model)))
-    train_sft.main(arguments(model=model, max_iters=1))
+    options = {"model": model, "save_optimizer": save_optimizer}
+    (size,) = numbers(r"a checkpoint \(([\d,]+) bytes\)", told(capsys, arguments(**options)))
+    train_sft.main(arguments(**options, max_iters=1))
     assert size == pytest.approx((tmp_path / "out" / "ckpt.pt").stat().st_size, rel=0.01)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, 2), (3, 3), (9, 4), (None, 4)])
+def test_two_checkpoints_are_promised_even_where_one_is_asked_for(keep, kept):
+    options = {"save_optimizer": True, "save_interval": 1, "eval_interval": None, "out_dir": "out"}
+    settings = SimpleNamespace(**options, keep_checkpoints=keep)
+    assert dry_run.promised_disk(settings, torch.nn.Linear(2, 2), steps=4).kept == kept
 
 
 def test_a_dry_run_refuses_what_the_run_would(arguments, tmp_path, capsys):
