@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -167,9 +167,27 @@ def join_world(choice: DeviceChoice = "auto", *, timeout: float = 1800.0) -> Ite
             "nccl" if on_gpu else "gloo",
             timeout=timedelta(seconds=timeout),
             device_id=device if on_gpu else None,
+            **meeting_place(rank, size, timeout=timeout),
         )
     yield World(rank=rank, size=size, device=device)
     # Not after an error: it may wait for a rank that has gone, and who is told of the error ends the process.
     if size > 1:
         gc.collect()  # DDP's reference cycles would keep the group's threads alive into the interpreter's end
         dist.destroy_process_group()
+
+
+def meeting_place(rank: int, size: int, *, timeout: float) -> dict[str, Any]:
+    """Where the ranks of this attempt find each other, as init_process_group takes it; {} = where PyTorch has them.
+
+    torchrun keeps its store when it starts dead ranks again, and who finds there the address of one that has died
+    fails, or waits for it for good. Several machines need not count attempts alike: there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 brings a new store with each.
+    """
+    environment = os.environ
+    is_kept = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not is_kept or environment.get("GROUP_WORLD_SIZE", "1") != "1":
+        return {}
+    place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout))
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": size}
