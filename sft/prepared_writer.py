@@ -27,7 +27,7 @@ from sft.arrays import (
     sha256_of,
 )
 from sft.errors import UserError
-from sft.files import into_place, partial_of, write_whole
+from sft.files import into_place, partial_of, sync_folder, write_whole
 from sft.samples import NOT_TRAINED
 from sft.untrusted import read_json
 
@@ -82,6 +82,7 @@ class PreparedWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in replaced_files(self.folder):
                 path.unlink(missing_ok=True)
+            sync_folder(self.folder)  # an old meta.json is gone for good before there are new arrays
             for split in SPLITS:
                 for part in WRITTEN:
                     path = self.folder / file_name(split, part)

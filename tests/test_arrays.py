@@ -7,6 +7,7 @@ from sft.arrays import open_prepared, verify_checksums
 from sft.errors import UserError
 from sft.prepared_writer import PreparedWriter
 from tests.made_data import write_prepared
+from tests.test_files import noted
 
 SAMPLES = {"train": [([1, 2, 3], [-100, 2, 3]), ([4, 5], [-100, 5])], "val": [([6, 7, 8, 9], [6, -100, -100, 9])]}
 FACTS = {
@@ -61,6 +62,13 @@ def test_an_empty_split_is_written_and_opened(tmp_path):
     assert len(val) == 0
     assert len(val.input_ids) == 0
     assert val.origins.shape == (0, 3)
+
+
+def test_an_old_meta_json_is_gone_for_good_before_an_array_has_its_name(folder, monkeypatch):
+    done = noted(monkeypatch)
+    write_prepared(folder, SAMPLES, FACTS)
+    renamed = next(place for place, (name, _) in enumerate(done) if name == "replace")
+    assert done.index(("unlink", "meta.json")) < done.index(("fsync", "data")) < renamed
 
 
 def test_the_same_samples_give_the_same_bytes(folder, tmp_path):

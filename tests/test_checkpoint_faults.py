@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sft.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint
-from sft.files import remove_partials
+from sft.files import link_whole, remove_partials
 
 KILLED, REFUSED, SAVED = 9, 1, 0  # how a save ends
 KILLS, ERRORS = ("kill before", "kill amid or after"), ("ENOSPC", "EIO")
@@ -107,24 +107,28 @@ def before(tmp_path):
     return folder
 
 
-def saved_amid(operations, folder):
-    """How a save of step 30 ends while the operations are watched, and one perhaps goes wrong."""
+def ends(act, operations):
+    """How act() ends while the operations are watched, and one perhaps goes wrong."""
     with pytest.MonkeyPatch.context() as patch:
         operations.watch(patch)
         try:
-            save(folder, 30, best=True)
+            act()
         except OSError:
             return REFUSED
     return SAVED
 
 
-def in_child(operations, folder):
+def ends_in_child(act, operations):
     child = os.fork()
     if not child:
         with contextlib.suppress(BaseException):
-            os._exit(saved_amid(operations, folder))
+            os._exit(ends(act, operations))
         os._exit(3)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def saving(folder):
+    return lambda: save(folder, 30, best=True)
 
 
 def copied(before, folder):
@@ -139,7 +143,7 @@ def copied(before, folder):
 @pytest.mark.parametrize("has_links", [True, False])
 def test_whatever_goes_wrong_wherever_in_a_save_a_good_checkpoint_is_found_without_help(before, tmp_path, has_links):
     whole = Operations(has_links=has_links)
-    assert saved_amid(whole, copied(before, tmp_path / "whole")) == SAVED
+    assert ends(saving(copied(before, tmp_path / "whole")), whole) == SAVED
     writes = [number for number, (name, *_) in enumerate(whole.done) if name == "write"]
     numbers = sorted({*range(len(whole.done))} - {*writes} | {*writes[::EACH_WRITE], *writes[-3:]})
     if not has_links:  # before the new file has its name, nothing is other than with them
@@ -148,8 +152,8 @@ def test_whatever_goes_wrong_wherever_in_a_save_a_good_checkpoint_is_found_witho
     assert len(numbers) > 10
     for number, mode in itertools.product(numbers, (*KILLS, *ERRORS)):
         folder = copied(before, tmp_path / f"{number} {mode}")
-        run = in_child if mode in KILLS else saved_amid
-        status = run(Operations(number, mode, has_links), folder)
+        end = ends_in_child if mode in KILLS else ends
+        status = end(saving(folder), Operations(number, mode, has_links))
         check(folder, before, status, may_be_saved=mode in ERRORS, where=(whole.done[number], mode))
         shutil.rmtree(folder)
 
@@ -170,6 +174,29 @@ def check(folder, before, status, *, may_be_saved, where):
     names = ["ckpt.pt", "ckpt_000020.pt", "ckpt_000030.pt", "ckpt_best.pt"]
     assert sorted(path.name for path in folder.iterdir()) == names, where
     assert read_checkpoint(folder / "ckpt_best.pt")["iter_num"] == 30, where
+
+
+def test_a_start_that_is_killed_while_it_sets_a_checkpoint_aside_is_made_good_by_the_next(before, tmp_path):
+    def damaged(folder):
+        copied(before, folder)
+        link_whole(folder / "ckpt_000020.pt", folder / "ckpt_best.pt")
+        with open(folder / "ckpt_000020.pt", "r+b") as file:
+            file.write(b"garbage")
+        return folder
+
+    def starting(folder):
+        return lambda: newest_checkpoint(folder, warn=lambda _: None, sets_aside=True)
+
+    whole = Operations()
+    assert ends(starting(damaged(tmp_path / "whole")), whole) == SAVED
+    assert [name for name, *_ in whole.done if name != "fsync"] == ["unlink", "link", "replace", "unlink", "replace"]
+    for number, mode in itertools.product(range(len(whole.done)), (*KILLS, *ERRORS)):
+        folder = damaged(tmp_path / f"{number} {mode}")
+        (ends_in_child if mode in KILLS else ends)(starting(folder), Operations(number, mode))
+        assert starting(folder)() == folder / "ckpt_000010.pt", (whole.done[number], mode)
+        found = sorted(path.name for path in folder.glob("ckpt*") if not path.name.endswith(".partial"))
+        assert found == ["ckpt.pt", "ckpt_000010.pt", "ckpt_000020.pt.damaged"], (whole.done[number], mode)
+        assert read_checkpoint(folder / "ckpt.pt")["iter_num"] == 10, (whole.done[number], mode)
 
 
 class Disk:
@@ -232,5 +259,5 @@ def losses(disk, operations):
 def test_a_power_failure_at_any_moment_of_a_save_leaves_whole_checkpoints(before, tmp_path, has_links):
     operations, folder = Operations(has_links=has_links), copied(before, tmp_path / "folder")
     disk = Disk(folder)
-    assert saved_amid(operations, folder) == SAVED
+    assert ends(saving(folder), operations) == SAVED
     assert not list(losses(disk, operations.done))
