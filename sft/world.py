@@ -89,6 +89,7 @@ class World:
             result = act()
         except UserError as error:
             problem = (str(error), error.exit_status)
+        heart.beat()
         problems = [p for p in self._gather(problem) if p is not None]
         if problems:
             message = "\n".join(dict.fromkeys(message for message, _ in problems))

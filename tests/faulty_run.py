@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,9 +40,9 @@ def interrupt_twice() -> None:
 
 
 def interrupt_parent_twice() -> None:
-    """From a process of its own: the first press ends what this one does."""
+    """From a session of its own, since torchrun sends to all processes of ours what it is sent."""
     twice = f"kill -INT {os.getppid()}; sleep 2; kill -INT {os.getppid()}"
-    os.spawnlp(os.P_NOWAIT, "sh", "sh", "-c", twice)
+    subprocess.Popen(["sh", "-c", twice], start_new_session=True)
     nap()
 
 

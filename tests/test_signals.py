@@ -181,10 +181,11 @@ def test_a_run_that_was_asked_to_stop_has_saved_and_goes_on_as_if_it_had_not(
     assert torch.load(out_dir / "ckpt.pt", weights_only=True)["iter_num"] == stops_after
     assert f"stopped by a signal after step {stops_after} of {STEPS}, and saved" in said(tmp_path, 0)
     if "evaluation" in fault:
-        assert stops_after not in dict(evaluations(out_dir))
+        assert stops_after not in evaluations(out_dir)
     again = run_faulty(processes, "nothing start -1 -1", options(out_dir=out_dir), tmp_path)
     assert again == [0] * processes
     assert_same_end(out_dir, expected)
+    assert sum(len(log["eval_steps"]) for log in logs(out_dir)) == len(evaluations(out_dir)), "each is made once"
 
 
 def test_a_signal_in_the_last_step_changes_nothing(arguments, long_validation, tmp_path):
