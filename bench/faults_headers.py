@@ -8,6 +8,7 @@ exception, other values, memory in proportion to nothing, a program that was run
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import os
@@ -128,6 +129,7 @@ def judge_all(target: Target, mutants: Sequence[Mutant], folder: Path, told: Pat
     address_space = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (address_space + MEMORY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.disable()
     watch = Watch()
     for name, content in target.files.items():
         (folder / name).write_bytes(content)
