@@ -133,6 +133,14 @@ def save_checkpoint(
     return path
 
 
+def name_again(folder: str | os.PathLike[str], *, iter_num: int, best: bool) -> None:
+    """Give a checkpoint that a run goes on from its further names, if whoever saved it was killed before that."""
+    path = Path(folder) / f"ckpt_{iter_num:06d}.pt"
+    for name in (NEWEST, BEST) if best else (NEWEST,):
+        with contextlib.suppress(OSError):  # it is there under its own name
+            link_whole(path, path.with_name(name))
+
+
 def _write(content: dict[str, Any], file: BinaryIO) -> None:
     try:
         torch.save(content, file)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.batches import StepBatch, TrainLoader
-from sft.checkpoint import save_checkpoint
+from sft.checkpoint import name_again, save_checkpoint
 from sft.collector import QuietCollector
 from sft.errors import EXIT_DIVERGED, EXIT_FAILED, Preempted, UserError
 from sft.evaluation import Validation
@@ -174,8 +174,6 @@ class Run:
         self.val_loss = result.loss
         is_better = self.best_val_loss is None or result.loss < self.best_val_loss
         is_best = self.iter_num > 0 and math.isfinite(result.loss) and is_better
-        if is_best:
-            self.best_val_loss = result.loss
         self.journal.evaluation(self.iter_num, result, is_best=is_best, seconds=time.perf_counter() - started)
         self.collector.collect()
         return is_best
@@ -187,12 +185,14 @@ class Run:
         ranks. Weights that are not finite are never written: UserError, too.
         """
         self.progress.flush()
+        best_before, self.best_val_loss = self.best_val_loss, self.val_loss if is_best else self.best_val_loss
         with phase("saving"):
             path, problem = self.world.on_main(lambda: self._write_checkpoint(is_best))
         self.owes_saving = path is None
         if path is not None:
             self.journal.checkpoint(self.iter_num, path, is_best=is_best)
         else:
+            self.best_val_loss = best_before  # the best of what is on the disk: a later one shall have the name
             self.journal.checkpoint_failed(self.iter_num, problem)
             if must:
                 raise UserError(
@@ -219,6 +219,7 @@ class Run:
             "trained_tokens_seen": self.trained_tokens_seen,
             "val_loss": self.val_loss,
             "best_val_loss": self.best_val_loss,
+            "is_best": is_best,
             "progress": self.progress.state(),
             "watch": self.watch.state(),
         }
@@ -249,6 +250,8 @@ class Run:
         self.trained_tokens_seen = saved["trained_tokens_seen"]
         self.val_loss, self.best_val_loss = saved["val_loss"], saved["best_val_loss"]
         self.progress.load_state(saved["progress"])
+        is_best = saved.get("is_best", False)
+        self.world.on_main(lambda: name_again(self.out_dir, iter_num=self.iter_num, best=is_best))
         saved.clear()
 
     def close(self, status: str) -> None:
