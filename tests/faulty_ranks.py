@@ -43,7 +43,7 @@ def redirect(folder: str) -> None:
     output = os.open(Path(folder) / f"{os.environ['RANK']}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(output, number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
 
 
 def said(folder: Path, rank: int) -> str:

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from sft.errors import UserError, listed, run_program
 from tests.conftest import ROOT
@@ -60,6 +63,28 @@ def test_what_ends_a_program_is_one_message_and_a_status(
 def test_a_mistake_of_the_programmer_keeps_its_traceback():
     with pytest.raises(AssertionError, match="never"):
         run_program(raises(AssertionError("never")))
+
+
+def with_place(error: Exception) -> Exception:
+    error.__dict__["place"] = "rank 1 failed in step 3 (batch)"
+    return error
+
+
+def test_an_error_that_knows_its_place_tells_it(capsys: pytest.CaptureFixture[str]):
+    assert ends(raises(with_place(OSError(5, "Input/output error", "data/a.npy")))) == 1
+    assert capsys.readouterr().err == "error: rank 1 failed in step 3 (batch): data/a.npy: Input/output error\n"
+
+
+def test_a_mistake_whose_place_is_known_is_told_to_torchrun_and_under_its_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert ends(raises(with_place(KeyError("never")))) == 1
+    told = "rank 1 failed in step 3 (batch): KeyError: 'never'"
+    assert capsys.readouterr().err.endswith(f"KeyError: 'never'\nerror: {told}\n")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
+    assert failure.message["extraInfo"]["py_callstack"] == told
+    assert abs(failure.timestamp - time.time()) < 60
 
 
 def test_a_reader_that_leaves_early_is_no_reason_to_complain():

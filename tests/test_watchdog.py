@@ -63,6 +63,7 @@ def test_a_process_that_hangs_is_ended_with_its_place_and_all_stacks(tmp_path):
 
 def go_on(argv: list[str]) -> None:
     redirect(argv[0])
+    watchdog_module.LOCKED_GRACE_SECONDS = 0.2
     with Watchdog(TIMEOUT):
         for step in range(1, 5):
             heart.begin(step)
@@ -116,7 +117,8 @@ def hang_while_the_log_is_written(argv: list[str]) -> None:
     log = RunLog(argv[0], run_name="run", config={}, origin={}, save_seconds=0)
 
     def stuck(_: int) -> None:
-        wait_in_c()
+        if threading.current_thread() is threading.main_thread():
+            wait_in_c()
 
     with Watchdog(TIMEOUT) as watchdog:
         watchdog.last_words = log.last_words
@@ -183,6 +185,23 @@ def test_a_rank_that_waits_for_another_is_ended_too_and_names_it(tmp_path, what,
 def test_a_rank_that_loses_another_says_so_and_why(tmp_path, what, status, cause):
     assert run_ranks(2, [str(tmp_path), what], main=wait_for_each_other) == [1, status]
     assert f"error: rank 0 lost another rank in step 3 (backward){cause}\n" in said(tmp_path, 0)
+
+
+def wait_in_vain(argv: list[str]) -> None:
+    redirect(argv[0])
+    with join_world("cpu", timeout=1.0) as world:
+        if world.rank == 1:
+            time.sleep(4)
+        world.sum(torch.ones(1))
+
+
+def test_a_collective_fails_after_the_timeout_of_the_world(tmp_path):
+    assert ended(2, tmp_path, wait_in_vain)[0] == 1
+    assert "Timed out waiting 1000ms" in said(tmp_path, 0)
+
+
+def test_collectives_fail_later_than_the_watchdog_who_tells_more():
+    assert Watchdog(5.0).group_timeout >= 5.0 + watchdog_module.LOCKED_GRACE_SECONDS + 10
 
 
 def test_errors_of_a_lost_connection_are_told_from_others():

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from sft.errors import UserError
 from sft.world import World, join_world
 from tests.conftest import ROOT
 from tests.launch import torchrun
+from tests.ranks import run_ranks
 from tests.spread_worker import DTYPES, LAYOUTS, gradients, validation_loss
 from tests.tiny import CPU_WORLD
 
@@ -179,3 +182,18 @@ def test_only_the_main_rank_prints(capsys):
     World(rank=1, size=2, device=torch.device("cpu")).print("hidden")
     CPU_WORLD.print("shown")
     assert capsys.readouterr().out == "shown\n"
+
+
+def print_to_nobody(argv: list[str]) -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    CPU_WORLD.print("a full disk")
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    CPU_WORLD.print("nobody reads")
+    CPU_WORLD.print("nobody reads")
+
+
+def test_a_console_that_has_gone_or_is_full_ends_no_run():
+    assert run_ranks(1, [], main=print_to_nobody) == [0]
