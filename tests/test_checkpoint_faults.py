@@ -17,7 +17,7 @@ from sft.files import link_whole, remove_partials
 
 KILLED, REFUSED, SAVED = 9, 1, 0  # how a save ends
 KILLS, ERRORS = ("kill before", "kill amid or after"), ("ENOSPC", "EIO")
-EACH_WRITE = 6  # one of so many goes wrong: PyTorch makes dozens
+EACH_WRITE = 12  # one of so many goes wrong: PyTorch makes dozens
 
 
 def save(folder, iter_num, *, best=False):

@@ -8,11 +8,12 @@ import torch
 
 import train_sft
 from model_builder import load_pretrained
-from sft import checkpoint
+from sft import checkpoint, dry_run
 from sft.checkpoint import read_checkpoint
 from sft.errors import UserError
+from sft.run import Run
 from tests.launch import torchrun
-from tests.test_checkpoint import names
+from tests.test_checkpoint import mapped_files, names
 from tests.test_train import run_log
 
 GOES_ON = {"resume": "required", "lr_decay_iters": 4}
@@ -34,11 +35,16 @@ def looks(monkeypatch):
     return verified
 
 
-def test_a_run_verifies_what_it_begins_with_once(arguments, tmp_path, looks):
+def test_a_run_verifies_what_it_begins_with_once_and_lets_it_go(arguments, tmp_path, looks, monkeypatch):
     train_sft.main(arguments(eval_interval="none"))
     assert looks == []
-    train_sft.main(arguments(**GOES_ON, max_iters=5))
+    start, mapped = Run.start, []
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "start", lambda run: mapped.extend(mapped_files()) or start(run))
+        train_sft.main(arguments(**GOES_ON, max_iters=5))
     assert looks == ["ckpt_000004.pt"]
+    assert mapped
+    assert str(tmp_path / "out" / "ckpt_000004.pt") not in mapped
     looks.clear()
     start = {"model": "none", "checkpoint_path": tmp_path / "out" / "ckpt.pt", "out_dir": tmp_path / "next"}
     train_sft.main(arguments(**start))
@@ -67,6 +73,7 @@ train_sft.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_one_rank_verifies_and_all_map_the_file_and_let_it_go(arguments, tmp_path):
     train_sft.main(arguments())
     (tmp_path / "worker.py").write_text(WORKER)
@@ -76,7 +83,8 @@ def test_one_rank_verifies_and_all_map_the_file_and_let_it_go(arguments, tmp_pat
         assert f"rank {rank}: verified {verified}, {{'cpu'}}, mapped True, released True" in done.stdout
 
 
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(arguments, tmp_path, capsys):
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "measure_step", lambda *_, **__: dry_run.StepTime(0.5, "nothing"))
     train_sft.main(arguments(save_interval=2, eval_interval="none"))
     whole = load_pretrained(tmp_path / "out" / "ckpt.pt").state_dict()
     damage(tmp_path / "out" / "ckpt_000004.pt")
@@ -126,7 +134,7 @@ def test_one_checkpoint_is_kept_at_the_end_and_two_where_a_signal_ends_the_run(a
     options = {"keep_checkpoints": 1, "save_interval": 1, "eval_interval": "none"}
     train_sft.main(arguments(**options))
     assert [name for name in names(tmp_path / "out") if name.startswith("ckpt_0")] == ["ckpt_000004.pt"]
-    monkeypatch.setattr(train_sft.Run, "_write_checkpoint", stop_after_three(train_sft.Run._write_checkpoint))
+    monkeypatch.setattr(Run, "_write_checkpoint", stop_after_three(Run._write_checkpoint))
     with pytest.raises(KeyboardInterrupt):
         train_sft.main(arguments(**options, out_dir=tmp_path / "stopped"))
     found = [name for name in names(tmp_path / "stopped") if name.startswith("ckpt_0")]
