@@ -117,6 +117,9 @@ def run(command: list[str]) -> None:
     if command[script] == "train_sft.py":
         train(command, argv)
         return
+    if command[script] in ("tools/verify_resume.py", "tools/show_step.py"):
+        argv = [*argv, *(each for each in SMALL if not each.startswith(("--max_iters", "--log_interval")))]
+        argv.append("--max_iters=12")
     if command[script] == "tools/chat.py":
         argv = [*argv, "--prompt=what is the cat", "--max_new_tokens=8"]
     importlib.import_module(command[script].removesuffix(".py").replace("/", ".")).main(argv)
