@@ -73,11 +73,9 @@ def size_of_checkpoints(folder: Path) -> int:
 def doubt_base(run: Run, source: str) -> None:
     """Warn where the loaded model is worse on the first rows of the run than one that knows nothing.
 
-    Such a loss comes of another tokenizer, of weights under wrong names, or of a wrong shape. The main rank alone
-    computes it, and neither the random generators nor what is trained afterwards are touched.
+    Such a loss comes of another tokenizer, of weights under wrong names, or of a wrong shape. Every rank looks at rows
+    of its own, and the main rank speaks; neither the random generators nor what is trained afterwards are touched.
     """
-    if not run.world.is_main:
-        return
     loss, limit = first_loss(run), math.log(len(run.local_loss.model.head_weight)) + 1
     if loss <= limit:
         return

@@ -209,9 +209,9 @@ class TestDisk:
         assert "will not fit" not in capsys.readouterr().out
 
     def test_checkpoints_that_are_there_have_their_room_already(self, arguments, size, free):
-        options = {"resume": "auto", "lr_decay_iters": 4}
-        train_sft.main(arguments())
-        free(0.9 * size)
+        options = {"resume": "auto", "lr_decay_iters": 4, "save_interval": 2, "eval_interval": "none"}
+        train_sft.main(arguments(**options))
+        free(0.9 * size)  # beside the two that are there
         assert "make room" in str(refusal(arguments(**options, max_iters=6)))
         train_sft.main(arguments(**options))  # which has nothing left to save
         free(1.1 * size)
@@ -271,6 +271,22 @@ class TestBase:
         options = {"sft_data_dir": data, "max_iters": 1, "gradient_accumulation_steps": 1, "dtype": "float64"}
         train_sft.main(arguments(**self.start(base[0]), **options))
         assert seen == [pytest.approx(losses(run_log(tmp_path / "out"))[1], rel=1e-12)]
+
+    def test_it_is_computed_as_in_an_evaluation_and_leaves_the_run_as_it_was(self, arguments, base, monkeypatch):
+        found = []
+
+        def look(settings, run, *, steps):
+            run.loss_module.train()
+            run.local_loss.register_forward_hook(lambda module, _, loss: found.append(loss.requires_grad))
+            before = torch.manual_seed(5).get_state()
+            found.append(start_checks.first_loss(run))
+            assert all(module.training for module in run.loss_module.modules())
+            assert torch.equal(torch.get_rng_state(), before)
+
+        monkeypatch.setattr(train_sft, "loop", look)
+        for dropout, out_dir in ((0, "without"), (0.5, "with")):
+            train_sft.main(arguments(**self.start(base[0]), dropout=dropout, out_dir=base[0].parent / out_dir))
+        assert found == [False, found[1], False, found[1]]
 
     def test_looking_changes_no_bit_of_what_is_trained(self, arguments, base, tmp_path, monkeypatch):
         options = {**self.start(base[0]), "dropout": 0.1, "max_iters": 6, "eval_interval": "none"}
