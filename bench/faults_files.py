@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo  # the program imports it when it makes a model
 
 import prepare_sft
 import train_sft
@@ -395,6 +394,7 @@ def thinned(operations: list[Operation]) -> list[Operation]:
 
 def run_files(folder: Path, short: bool) -> Outcome:
     """Every program, each operation of which goes wrong in one way or more."""
+    importlib.import_module("torch._dynamo")  # once, and not in each child: the program does when it makes a model
     started, scene = time.monotonic(), make_scene(folder)
     failures: list[str] = []
     counts: dict[str, Any] = {}

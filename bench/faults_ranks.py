@@ -19,8 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch._dynamo  # noqa: F401  # the program imports it when it makes a model, which takes seconds
-
 import prepare_sft
 import train_sft
 from sft.errors import run_program
