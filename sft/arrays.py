@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from sft.errors import UserError, listed
 from sft.files import partial_of
 from sft.meta_shape import misfits
 from sft.npy_header import read_npy_header
-from sft.untrusted import MEBIBYTE, MOST_IDS, is_plain_name, leads_out, read_json
+from sft.untrusted import MEBIBYTE, MOST_IDS, is_plain_name, leads_out, read_bytes, read_json
 
 FORMAT = "prepared conversations"
 FORMAT_VERSION = 2
@@ -36,6 +37,8 @@ WRITTEN = ("input_ids", "labels", "offsets", "targets", "origins")
 AGAIN = "run prepare_sft.py again"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # and *.tiktoken
 MOST_NAMED = 10  # problems in one message
+SEALED = re.compile(rb'(.*),\n "sha256": "([0-9a-f]{64})"\n}\n', re.DOTALL)  # meta.json as it is written now
+LEFT_OF_SEAL = re.compile(rb'\n "sha256": |"[0-9a-f]{64}"\s*}\s*\Z')  # one damaged bit leaves one of the two
 LARGEST_META = 64 * MEBIBYTE  # it has a few hundred bytes for each source
 
 
@@ -225,8 +228,23 @@ def inconsistencies(samples: Samples) -> Iterable[str]:
         yield "offsets do not divide the tokens"
 
 
-def damaged_arrays(prepared: PreparedData) -> list[str]:
-    """The arrays whose bytes are not those that were written, as problems; reads all of them, several at a time."""
+def meta_text(meta: Mapping[str, Any]) -> str:
+    """The text of meta.json, with a checksum of all before it at its end."""
+    before = json.dumps(meta, indent=1, allow_nan=False).removesuffix("\n}")
+    return f'{before},\n "sha256": "{hashlib.sha256(before.encode()).hexdigest()}"\n}}\n'
+
+
+def is_as_written(content: bytes) -> bool:
+    """Whether meta.json ends with the checksum of what stands before it; True for an older one, which has none."""
+    if sealed := SEALED.fullmatch(content):
+        return hashlib.sha256(sealed[1]).hexdigest().encode() == sealed[2]
+    return not LEFT_OF_SEAL.search(content)
+
+
+def damaged_files(prepared: PreparedData) -> list[str]:
+    """The files whose bytes are not those that were written, as problems; reads all arrays, several at a time."""
+    if not is_as_written(read_bytes(prepared.folder / "meta.json", most=LARGEST_META)):
+        return ["meta.json does not have the checksum that it gives at its end"]
     told = prepared.meta["arrays"]
     known = [file_name(split, part) for split in SPLITS for part in DTYPES]
     if odd := [reprlib.repr(name) for name in told if name not in known]:  # /dev/zero would never be read to its end
@@ -241,6 +259,6 @@ def damaged_arrays(prepared: PreparedData) -> list[str]:
 
 
 def verify_checksums(prepared: PreparedData) -> None:
-    """UserError that lists the arrays whose bytes are not those that were written."""
-    if damaged := damaged_arrays(prepared):
+    """UserError that lists the files whose bytes are not those that were written."""
+    if damaged := damaged_files(prepared):
         raise listed(f"{prepared.folder}: the prepared data is damaged; {AGAIN}:", damaged)

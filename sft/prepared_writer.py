@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from sft.arrays import (
     WRITTEN,
     ArrayReader,
     file_name,
+    meta_text,
     replaced_files,
     row_shape,
     sha256_of,
@@ -156,8 +156,7 @@ class PreparedWriter:
             "max_id": self.max_id,
             "arrays": dict(zip(names, described, strict=True)),
         }
-        text = json.dumps(meta, indent=1, allow_nan=False) + "\n"
-        write_whole(self.folder / "meta.json", lambda file: file.write(text.encode()))
+        write_whole(self.folder / "meta.json", lambda file: file.write(meta_text(meta).encode()))
         self.finished = True
         return meta
 

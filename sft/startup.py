@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sft import ledger
-from sft.arrays import AGAIN, PreparedData, damaged_arrays, open_prepared
+from sft.arrays import AGAIN, PreparedData, damaged_files, open_prepared
 from sft.checkpoint import newest_checkpoint, numbered_checkpoints, read_checkpoint
 from sft.continuity import differences
 from sft.errors import UserError, listed
@@ -65,7 +65,7 @@ def unproved(data: PreparedData, *, say: Callable[[str], None]) -> list[str]:
     """What is wrong with the bytes of prepared data, and with the account that it gives of them."""
     started = time.monotonic()
     with ThreadPoolExecutor(1) as beside:
-        damaged = beside.submit(damaged_arrays, data)
+        damaged = beside.submit(damaged_files, data)
         problems = ledger.problems(data.meta, data.splits)
         problems = [*(f"{problem}; {AGAIN}" for problem in damaged.result()), *problems]
     if (seconds := time.monotonic() - started) > LONG_SECONDS:

@@ -1,11 +1,12 @@
 """Small data prepared by the program, for tests that look at what came of it."""
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import prepare_sft
-from sft.arrays import PreparedData, open_prepared
+from sft.arrays import PreparedData, meta_text, open_prepared
 from sft.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny_tokenizer import tiny_library_tokenizer
 
@@ -27,6 +28,15 @@ def prepare(folder: Path, records: list | None = None, out: str = "data", **sett
     given = {"input": folder / "input.jsonl", "tokenizer": tokenizer_file(folder), "out_dir": folder / out, **settings}
     prepare_sft.main([f"--{name}={value}" for name, value in given.items()])
     return open_prepared(folder / out)
+
+
+def change_meta(folder: Path, change: Callable[[dict], object]) -> None:
+    """A meta.json that says something else, as if prepare_sft.py had written it."""
+    path = folder / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["sha256"]
+    change(meta)
+    path.write_text(meta_text(meta))
 
 
 def write_lines(path: Path, records: list) -> Path:

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from sft.arrays import open_prepared, verify_checksums
+from sft.arrays import is_as_written, open_prepared, verify_checksums
 from sft.errors import UserError
 from sft.prepared_writer import PreparedWriter
 from tests.made_data import write_prepared
@@ -205,4 +205,26 @@ def test_checksums_find_a_changed_byte(folder):
     content[-1] ^= 1
     (folder / "train_labels.npy").write_bytes(content)
     with pytest.raises(UserError, match=r"train_labels\.npy does not have the checksum"):
+        verify_checksums(open_prepared(folder))
+
+
+def test_every_changed_byte_of_meta_json_is_found(folder):
+    """By the checksum at its end, even where the change is in the checksum, or in the name that it goes by."""
+    path = folder / "meta.json"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        changed = whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :]
+        assert not is_as_written(changed), position
+    assert is_as_written(whole)
+    assert not any(is_as_written(whole[:-size]) for size in (1, 2, 3))
+    assert not is_as_written(whole + b"\n")
+
+
+def test_a_meta_json_from_before_it_had_a_checksum_is_taken_as_it_is(folder):
+    path = folder / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["sha256"]
+    assert is_as_written(json.dumps(meta, indent=1).encode() + b"\n")
+    path.write_bytes(path.read_bytes().replace(b'"vocab_size": 10', b'"vocab_size": 11'))
+    with pytest.raises(UserError, match=r"meta\.json does not have the checksum that it gives"):
         verify_checksums(open_prepared(folder))

@@ -257,7 +257,7 @@ def test_the_meta_says_where_everything_came_from(prepare, tokenizer_file, tmp_p
     assert data.meta.keys() == {
         *("format", "format_version", "template", "block_size", "settings", "settings_origins", "sources", "ledger"),
         *("tokenizer_fingerprint", "tokenizer_files", "vocab_size", "im_start_id", "im_end_id", "pad_id", "max_id"),
-        *("lengths", "arrays", "noticed", "bad_records", "leaks", "audit"),
+        *("lengths", "arrays", "noticed", "bad_records", "leaks", "audit", "sha256"),
     }
 
 

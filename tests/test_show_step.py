@@ -14,7 +14,9 @@ import pytest
 import train_sft
 from sft import batches
 from sft.errors import UserError
+from sft.sample_view import Piece, shortened
 from tests.conftest import ROOT
+from tests.preparing import change_meta
 from tools import show_step
 
 STEPS = 6
@@ -172,6 +174,14 @@ def test_a_long_text_is_cut_in_its_middle_and_says_so(run, show):
     assert len(cut) < len(whole)
 
 
+def test_both_ends_of_a_long_text_are_shown_as_far_as_half_of_it_reaches():
+    texts = ["aaaa", "b", "c", "dd", "e" * 20, "f", "g", "hh"]
+    sample = [Piece((1, 2), (text,), True, 1.0, False) for text in texts]
+    shown = ["".join(piece.runs) for piece in shortened(sample, 10)]
+    assert shown == ["aaaa", "b", "[... 6 tokens ...]", "f", "g", "hh"]
+    assert shortened(sample, 32) == shortened(sample, None) == sample
+
+
 def test_a_step_that_is_to_come_is_shown_as_it_will_be(run, show):
     assert "step 9: rows 16 to 17 of the stream, its log does not tell of them yet" in show(
         "--step=9", "--losses=false"
@@ -208,9 +218,7 @@ def test_another_order_than_the_logs_is_refused(run, show, change):
 
 def test_other_data_than_the_runs_are_refused(run, show, prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "other")
-    meta = json.loads((tmp_path / "other" / "meta.json").read_text())
-    meta["sources"][0]["weight"] = 0.5
-    (tmp_path / "other" / "meta.json").write_text(json.dumps(meta))
+    change_meta(tmp_path / "other", lambda meta: meta["sources"][0].update(weight=0.5))
     with pytest.raises(UserError, match="its logs tell that steps 1 to 1 saw other rows"):
         show("--step=1", "--losses=false", sft_data_dir=tmp_path / "other")
 

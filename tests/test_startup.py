@@ -1,6 +1,5 @@
 """What a run makes sure of about its data, and what weights in it come to."""
 
-import json
 import shutil
 
 import numpy as np
@@ -15,6 +14,7 @@ from sft.errors import UserError
 from sft.packing import PACKING_VERSION, RowStream
 from sft.samples import NOT_TRAINED
 from sft.startup import open_training_data
+from tests.preparing import change_meta
 from tests.test_train import losses, run_log
 
 
@@ -22,13 +22,6 @@ from tests.test_train import losses, run_log
 def data(prepared, tmp_path):
     """A copy of the prepared data, to be changed."""
     return shutil.copytree(prepared, tmp_path / "data")
-
-
-def change_meta(folder, change):
-    path = folder / "meta.json"
-    meta = json.loads(path.read_text())
-    change(meta)
-    path.write_text(json.dumps(meta))
 
 
 def without_audit(meta):

@@ -20,6 +20,7 @@ from sft.run import Run
 from sft.tokenizer import load_tokenizer
 from tests.conftest import ROOT, SHAPE
 from tests.launch import torchrun
+from tests.preparing import change_meta
 
 
 def run_log(folder: Path) -> dict:
@@ -340,9 +341,7 @@ class TestRefusals:
         train_sft.main(arguments())
         other = tmp_path / "other_data"
         shutil.copytree(prepared, other)
-        meta = json.loads((other / "meta.json").read_text())
-        meta["sources"][0]["weight"] = 0.5
-        (other / "meta.json").write_text(json.dumps(meta))
+        change_meta(other, lambda meta: meta["sources"][0].update(weight=0.5))
         self.refused(
             arguments(resume="auto", sft_data_dir=other, seed=5),
             r"(?s)cannot be resumed.*data: .* other data.*seed: the run was started with 1337, not with 5",
@@ -355,9 +354,7 @@ class TestRefusals:
         other = tmp_path / "other_data"
         shutil.copytree(prepared, other)
         (other / "tokenizer.json").write_text("another tokenizer")
-        meta = json.loads((other / "meta.json").read_text())
-        meta["tokenizer_fingerprint"] = "f" * 64
-        (other / "meta.json").write_text(json.dumps(meta))
+        change_meta(other, lambda meta: meta.update(tokenizer_fingerprint="f" * 64))
         self.refused(arguments(resume="auto", sft_data_dir=other), "tokenizer: .* was prepared with another one")
         self.refused(arguments(resume="auto", model={**SHAPE, "n_layer": 3}), "model: the run was started with")
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -380,9 +377,7 @@ class TestRefusals:
         train_sft.main(arguments(out_dir=tmp_path / "base"))
         other = tmp_path / "other_data"
         shutil.copytree(prepared, other)
-        meta = json.loads((other / "meta.json").read_text())
-        meta["tokenizer_fingerprint"] = "f" * 64
-        (other / "meta.json").write_text(json.dumps(meta))
+        change_meta(other, lambda meta: meta.update(tokenizer_fingerprint="f" * 64))
         for source in (tmp_path / "base" / "ckpt.pt", tmp_path / "base"):  # a run's folder stands for its newest
             self.refused(
                 arguments(model="none", checkpoint_path=source, sft_data_dir=other), "prepared with another tokenizer"
@@ -422,7 +417,5 @@ class TestRefusals:
     def test_ids_outside_the_vocabulary_in_the_prepared_data(self, arguments, prepared, tmp_path):
         other = tmp_path / "other_data"
         shutil.copytree(prepared, other)
-        meta = json.loads((other / "meta.json").read_text())
-        meta["max_id"] = meta["vocab_size"]
-        (other / "meta.json").write_text(json.dumps(meta))
+        change_meta(other, lambda meta: meta.update(max_id=meta["vocab_size"]))
         self.refused(arguments(sft_data_dir=other), r"holds id \d+, outside its vocabulary")
