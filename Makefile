@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT ?= out/gpu
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-.PHONY: help setup demo test test-slow test-all lint gpu clean
+.PHONY: help setup demo test test-slow test-all faults lint gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,9 @@ out/triton-3.6/installed:
 	touch $@
 
 test-all: test test-slow ## the quick tests, then the slow ones
+
+faults: setup ## what becomes of kills, torn files, damaged bytes and our own mistakes: a table, in less than eight minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.faults
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ prepare    prepare_sft.py, over an earlier data set
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
