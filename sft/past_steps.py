@@ -33,21 +33,20 @@ class PastSteps:
     """The story of a run over all its starts: a step that was taken twice is told of as it was the last time."""
 
     out_dir: Path
-    rows_per_step: int  # of steps that no log tells of
+    rows_per_step: int  # where there is no log
     starts: list[tuple[int, int]] = field(default_factory=list)  # completed steps, rows of each step from there on
     orders: dict[int, str] = field(default_factory=dict)  # after a step: the order_hash, in hexadecimal digits
     odd: dict[int, Mapping[str, Any]] = field(default_factory=dict)  # what was odd about a step
 
     @classmethod
     def of(cls, out_dir: Path, *, rows_per_step: int) -> PastSteps:
-        """As the logs of a folder tell it; `rows_per_step` is used where they do not."""
+        """As the logs of a folder tell it; `rows_per_step` is used where there are none."""
         past = cls(out_dir, rows_per_step)
         for log in read_logs(out_dir):
             if (rows := log["startup_info"].get("rows_per_step")) is None:
                 continue  # it ended before its first step
             start = max((event["iter"] for event in log["events"] if event["kind"] == "resumed"), default=0)
             past.starts = [(begun, rows) for begun, rows in past.starts if begun < start] + [(start, rows)]
-            past.rows_per_step = rows
             past.orders = {step: order for step, order in past.orders.items() if step <= start}
             past.orders |= {
                 record["iter"]: record["order"] for record in log["training_iterations"] if "order" in record
@@ -58,8 +57,9 @@ class PastSteps:
 
     def rows_of(self, step: int) -> range:
         """The rows of a step, which is counted from 1: its number in the log."""
-        starts = [*self.starts] if self.starts and self.starts[0][0] == 0 else [(0, self.rows_per_step), *self.starts]
-        starts = [(start, rows) for start, rows in starts if start < step]
+        known = self.starts or [(0, self.rows_per_step)]
+        first = (0, known[0][1])  # also where the first logs are gone
+        starts = [first, *((start, rows) for start, rows in known if 0 < start < step)]
         ends = [*(start for start, _ in starts[1:]), step - 1]
         before = sum((end - start) * rows for (start, rows), end in zip(starts, ends, strict=True))
         return range(before, before + starts[-1][1])

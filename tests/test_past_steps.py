@@ -75,6 +75,21 @@ def test_steps_that_were_taken_again_are_told_of_as_they_were_the_last_time(logs
     assert past.prove(5, STREAM, at_first=AT_FIRST) is None
 
 
+def test_a_start_that_a_later_one_has_gone_back_behind_is_forgotten(logs):
+    logs.add(1, 6, first_row=0, rows_per_step=2)
+    logs.add(7, 8, first_row=12, rows_per_step=5)
+    logs.add(4, 9, first_row=6, rows_per_step=1)
+    assert [logs.past().rows_of(step) for step in (3, 4, 8)] == [range(4, 6), range(6, 7), range(10, 11)]
+    assert logs.past().prove(8, STREAM, at_first=AT_FIRST) == 8
+
+
+def test_without_the_first_logs_the_oldest_that_is_there_tells_how_many_rows_a_step_had(logs):
+    logs.add(5, 6, first_row=8, rows_per_step=2)
+    logs.add(7, 8, first_row=12, rows_per_step=3)
+    assert [logs.past().rows_of(step) for step in (2, 5, 7)] == [range(2, 4), range(8, 10), range(12, 15)]
+    assert logs.past().prove(7, STREAM, at_first=AT_FIRST) == 7
+
+
 def test_a_step_between_two_records_is_proven_by_the_later_one(logs):
     logs.add(1, 10, first_row=0, rows_per_step=2, interval=5)
     assert [logs.past().prove(step, STREAM, at_first=AT_FIRST) for step in (1, 5, 6, 10)] == [5, 5, 10, 10]
