@@ -42,7 +42,7 @@ CPU_SECONDS = 10.0  # for one mutant, which needs a few milliseconds
 SECONDS = 180.0  # for all of a child
 MEMORY = 4 << 30  # bytes of address space that a child may come to have more
 RESIDENT = 256 << 20  # bytes of memory that loading files of a few kilobytes may touch
-LONGEST_MESSAGE = 20_000
+LONGEST_MESSAGE = 10_000  # characters: one value may be shown whole, not all that a file holds
 REFUSED, AS_BEFORE, AS_IT_SAYS, WRONG, BROKE = "refused", "as before", "as it says", "silently wrong", "broke"
 STARTS_PROGRAMS = (
     "os.system",

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import struct
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -224,8 +225,13 @@ def run_log_target() -> Target:
         told = json_object((folder / next(iter(files))).read_bytes())["config"]
         defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
         demand(told.keys() <= defaults.keys())
-        return json.loads(
-            json.dumps({name: told.get(name, default) for name, default in defaults.items()}, default=list)
-        )
+        hints = typing.get_type_hints(TrainSettings)
+        told = {name: float(value) if is_float(value, hints[name]) else value for name, value in told.items()}
+        return json.loads(json.dumps({**defaults, **told}, default=list))
 
     return Target("run_*.json as a config", files, mutants, load, read, 700)
+
+
+def is_float(value: Any, hint: Any) -> bool:
+    """Whether it is a whole number where the setting takes any."""
+    return type(value) is int and float in (hint, *typing.get_args(hint)) and abs(value) < 1e300

@@ -75,6 +75,8 @@ def _mapped(path: Path) -> Any:
 
     torch.load maps as many bytes as the pickle says, whatever the record has, its neighbours included.
     """
+    with open(path, "rb") as file:  # which refuses what is compressed before anything of it is spread out
+        records = [(start, size) for name, start, size, _ in layout(file)[0] if name.split("/")[1:2] == ["data"]]
     held = []
 
     def stay(storage: Any, location: str) -> Any:
@@ -82,8 +84,6 @@ def _mapped(path: Path) -> Any:
         return storage  # on the CPU, wherever it came from
 
     content = torch.load(path, map_location=stay, weights_only=True, mmap=True)
-    with open(path, "rb") as file:
-        records = [(start, size) for name, start, size, _ in layout(file)[0] if name.split("/")[1:2] == ["data"]]
     of_tensors, of_records = (sorted(place for place in places if place[1]) for places in (held, records))
     if _apart(of_tensors) != _apart(of_records):
         raise ValueError("its tensors are not what its records are")

@@ -124,7 +124,7 @@ def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
     if layers is not None and (not isinstance(layers, list) or any(layer != "full_attention" for layer in layers)):
         yield f"layer_types {reprlib.repr(layers)} are not supported, only 'full_attention'"
     elif layers is not None and len(layers) != config.get("num_hidden_layers"):
-        yield f"layer_types has {len(layers)} entries, num_hidden_layers is {config.get('num_hidden_layers')}"
+        yield f"layer_types has {len(layers)} entries, not one for each of num_hidden_layers"
     yield from _unsupported_rotation(config)
 
 

@@ -229,7 +229,7 @@ def test_a_link_leads_out_of_the_folder_only_as_in_the_hubs_cache(tmp_path, shar
         ({"rope_theta": 5.0}, "rope_theta is 5.0, rope_parameters has another, 10000.0"),
         ({"rope_scaling": {"rope_theta": 5.0}}, "rope_scaling has rope_theta, which is not supported"),
         ({"layer_types": 0}, "layer_types 0 are not supported"),
-        ({"layer_types": []}, "layer_types has 0 entries, num_hidden_layers is 1"),
+        ({"layer_types": []}, "layer_types has 0 entries, not one for each of num_hidden_layers"),
         ({"model_type": {"a": "x" * 10**5}}, "model_type is {'a': 'xxxxxxxxxxxx...xxxxxxxxxxxxx'}; only 'qwen3'"),
     ],
 )
