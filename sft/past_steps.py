@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sft.batches import order_hash
+from sft.config import LARGEST_RUN_LOG
 from sft.errors import UserError
+from sft.meta_shape import ANYTHING, COUNT, TEXT, Each, misfits
 from sft.packing import RowStream
 from sft.run_log import logs_of
+from sft.untrusted import read_json
+
+RUN_LOG = {
+    "startup_info": Each(dict, ANYTHING),
+    "events": Each(list, {"kind": TEXT, "iter?": COUNT}),
+    "training_iterations": Each(list, {"iter": COUNT}),
+}
 
 
 def read_logs(out_dir: Path) -> list[dict[str, Any]]:
@@ -19,11 +27,11 @@ def read_logs(out_dir: Path) -> list[dict[str, Any]]:
     logs = []
     for path, _ in logs_of(out_dir):
         try:
-            log = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
+            log = read_json(path, most=LARGEST_RUN_LOG)
+        except ValueError as error:
             raise UserError(f"{path}: not valid JSON ({error}); move it elsewhere") from error
-        if not isinstance(log, dict) or not isinstance(log.get("startup_info"), dict):
-            raise UserError(f"{path}: not a run log; move it elsewhere")
+        if problem := next(misfits(log, RUN_LOG, "it"), None):
+            raise UserError(f"{path}: not a run log ({problem}); move it elsewhere")
         logs.append(log)
     return logs
 
@@ -45,14 +53,16 @@ class PastSteps:
         for log in read_logs(out_dir):
             if (rows := log["startup_info"].get("rows_per_step")) is None:
                 continue  # it ended before its first step
-            start = max((event["iter"] for event in log["events"] if event["kind"] == "resumed"), default=0)
+            start = max((event.get("iter", 0) for event in log["events"] if event["kind"] == "resumed"), default=0)
             past.starts = [(begun, rows) for begun, rows in past.starts if begun < start] + [(start, rows)]
             past.orders = {step: order for step, order in past.orders.items() if step <= start}
             past.orders |= {
                 record["iter"]: record["order"] for record in log["training_iterations"] if "order" in record
             }
             past.odd = {step: event for step, event in past.odd.items() if step <= start}
-            past.odd |= {event["iter"]: event for event in log["events"] if event["kind"] == "odd_step"}
+            past.odd |= {
+                event["iter"]: event for event in log["events"] if event["kind"] == "odd_step" and "iter" in event
+            }
         return past
 
     def rows_of(self, step: int) -> range:

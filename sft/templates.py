@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from sft.conversation import Message
+from sft.untrusted import MEBIBYTE, read_bytes
 
 TemplateName = Literal["chatml", "qwen3"]
 
@@ -155,7 +156,7 @@ def jinja_file(template: TemplateName) -> Path:
 def template_in(folder: Path) -> TemplateName:
     """The template of a folder whose chat_template.jinja is one of ours; chatml where there is none or another."""
     try:
-        found = (folder / JINJA_NAME).read_bytes()
-    except OSError:
+        found = read_bytes(folder / JINJA_NAME, most=MEBIBYTE)
+    except (OSError, ValueError):
         return "chatml"
     return "qwen3" if found == jinja_file("qwen3").read_bytes() else "chatml"

@@ -64,6 +64,7 @@ HEADERS: list[tuple[str, object, bytes]] = [
     ("impossible shape 'ab'", other(shape="ab"), DATA[:16]),
     ("impossible data_offsets [-16, 0]", other(data_offsets=[-16, 0]), DATA[:16]),
     ("impossible data_offsets [0.0, 16.0]", other(data_offsets=[0.0, 16.0]), DATA[:16]),
+    ("impossible data_offsets [0]", other(data_offsets=[0]), DATA[:16]),
     ("impossible data_offsets [0, 16, 32]", other(data_offsets=[0, 16, 32]), DATA[:16]),
     ("'a' has 16 bytes, its dtype F32 and shape [2, 3] need 24", other(shape=[2, 3]), DATA[:16]),
     ("'a' has -16 bytes", other(data_offsets=[16, 0]), DATA[:16]),
