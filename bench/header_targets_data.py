@@ -111,7 +111,7 @@ def prepared_target(files: dict[str, bytes]) -> Target:
         meta = (json_mutants(files, ("meta.json",), draw) for _ in range(3))
         yield from in_turn(npy_mutants(files, arrays, draw), npy_byte_mutants(files, arrays, draw), meta_bytes, *meta)
 
-    return Target("prepared data: meta.json, .npy", files, mutants, load_prepared, read_prepared, 1500)
+    return Target("prepared data: meta.json, .npy", files, mutants, load_prepared, read_prepared, 1300)
 
 
 def npy_byte_mutants(files: dict[str, bytes], names: tuple[str, ...], draw: Random) -> Iterator[Mutant]:
@@ -163,7 +163,7 @@ def tokenizer_target(content: bytes) -> Target:
         by_byte = byte_mutants(files, lambda name: [range(len(content)), range(2000)], ("tokenizer.json",), draw)
         yield from in_turn(json_mutants(files, ("tokenizer.json",), draw), by_byte)
 
-    return Target("tokenizer.json", files, mutants, load_vocabulary, read_vocabulary, 700)
+    return Target("tokenizer.json", files, mutants, load_vocabulary, read_vocabulary, 500)
 
 
 def load_vocabulary(folder: Path) -> Any:
@@ -229,7 +229,7 @@ def run_log_target() -> Target:
         told = {name: float(value) if is_float(value, hints[name]) else value for name, value in told.items()}
         return json.loads(json.dumps({**defaults, **told}, default=list))
 
-    return Target("run_*.json as a config", files, mutants, load, read, 700)
+    return Target("run_*.json as a config", files, mutants, load, read, 400)
 
 
 def is_float(value: Any, hint: Any) -> bool:

@@ -129,7 +129,7 @@ def folder_target() -> Target:
             json_mutants(files, ("config.json",), draw), heads, header_mutants(files, ("model.safetensors",), draw)
         )
 
-    return Target("safetensors, config.json", files, mutants, loaded, read_folder, 1800)
+    return Target("safetensors, config.json", files, mutants, loaded, read_folder, 1400)
 
 
 def sharded_target() -> Target:
@@ -146,7 +146,7 @@ def sharded_target() -> Target:
         index_bytes = byte_mutants(files, lambda name: [range(len(files[name]))], (index,), draw)
         yield from in_turn(json_mutants(files, (index,), draw), index_bytes, header_mutants(files, tuple(shards), draw))
 
-    return Target("index, shards", files, mutants, loaded, read_folder, 900)
+    return Target("index, shards", files, mutants, loaded, read_folder, 700)
 
 
 def header_mutants(files: dict[str, bytes], names: tuple[str, ...], draw: Random) -> Iterator[Mutant]:
@@ -200,7 +200,7 @@ def checkpoint_targets(work: Path) -> Iterator[Target]:
         )
         yield from in_turn(headers, anywhere)
 
-    yield Target("our checkpoints, sealed", sealed, sealed_mutants, load_sealed, None, 900)
+    yield Target("our checkpoints, sealed", sealed, sealed_mutants, load_sealed, None, 700)
 
     state = {f"_orig_mod.module.{name}": tensor for name, tensor in model.state_dict().items()}
     state["_orig_mod.module.blocks.0.attn.bias"] = torch.ones(1, 1, 4, 4)
@@ -218,7 +218,7 @@ def checkpoint_targets(work: Path) -> Iterator[Target]:
         fields, arrays = checkpoint_weights((folder / "ckpt.pt").read_bytes())
         return with_defaults(fields), arrays
 
-    yield Target("checkpoints of others", plainly, plain_mutants, loaded, read_plain, 1200)
+    yield Target("checkpoints of others", plainly, plain_mutants, loaded, read_plain, 1000)
 
 
 def saved(content: Any) -> bytes:
