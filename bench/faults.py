@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 # as in the table; those that take longest are started first
 ORDER = ("files", "damage", "kills", "torchrun", "rows", "nan", "headers", "defects")
 LONGEST_FIRST = ("files", "kills", "torchrun", "defects")
-LIMIT_SECONDS = 400.0  # for one of them
+LIMIT_SECONDS = 480.0  # for one of them
 LATE_IMPORTS = ("torch._dynamo", "torch.distributed.fsdp")  # of the optimizer and DistributedDataParallel: seconds
 
 
@@ -104,7 +104,7 @@ def start(fault: Fault, folder: Path, *, short: bool) -> Running:
 
 def outcome_of(running: Running) -> Outcome | None:
     """None while it goes on. Where it broke or took too long, the outcome says that and nothing else."""
-    ended, status = os.waitpid(running.process_id, os.WNOHANG)
+    ended, status, used = os.wait4(running.process_id, os.WNOHANG)
     seconds = time.monotonic() - running.started
     if not ended and seconds < LIMIT_SECONDS:
         return None
@@ -112,6 +112,8 @@ def outcome_of(running: Running) -> Outcome | None:
         told = json.loads((running.folder / "outcome.json").read_text(encoding="utf-8"))
         told["failures"] = tuple(told["failures"])
         del told["met"]
+        # the seconds by the clock hang on what else the machine does
+        told["counts"]["processor seconds"] = round(used.ru_utime + used.ru_stime, 1)
         return Outcome(**told)
     if ended:
         lines = (running.folder / "output.txt").read_text(encoding="utf-8", errors="replace").split("\n")
