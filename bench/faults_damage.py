@@ -23,7 +23,10 @@ from bench.faults_bytes import (
     truncations,
     zeroed_pages,
 )
-from bench.faults_files import (
+from bench.faults_fork import disturbed, in_child, operations_of
+from bench.faults_outcome import Fault, Outcome
+from bench.faults_pairs import Pair
+from bench.faults_scene import (
     STEP,
     STEPS,
     Scene,
@@ -33,8 +36,6 @@ from bench.faults_files import (
     recover,
     undisturbed,
 )
-from bench.faults_fork import Pair, disturbed, in_child, operations_of
-from bench.faults_outcome import Fault, Outcome
 
 SEED = 6
 KEPT = 3  # checkpoints of the run, so that there is a good one below two damaged ones
@@ -45,7 +46,7 @@ def damages_of_checkpoint(content: bytes, other: bytes, draw: random.Random, *, 
     return [
         *flips(spans_of_archive(content), each, draw),
         *zeroed_pages(content, 1 if short else 14),
-        *truncations(content, 2 if short else 16, draw),
+        *truncations(content, 1 if short else 16, draw),
         *garbage(other, 1 if short else 5, draw),
     ]
 
@@ -61,7 +62,7 @@ def damages_of_array(content: bytes, draw: random.Random, *, short: bool) -> lis
 
 def damages_of_meta(content: bytes, draw: random.Random, *, short: bool) -> list[Damage]:
     return [
-        *flips({"text": [(0, len(content))]}, 3 if short else 40, draw),
+        *flips({"text": [(0, len(content))]}, 2 if short else 40, draw),
         *zeroed_pages(content, 1),
         *truncations(content, 1 if short else 6, draw),
         *garbage(content, 1 if short else 5, draw),
