@@ -138,13 +138,13 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     settings = load_settings(FaultsBenchmark, argv).settings
-    torch.set_num_threads(1)
-    for name in LATE_IMPORTS:  # so that what is forked from here need not do it each time
-        importlib.import_module(name)
     faults = all_faults()
     if unknown := set(settings.only) - {fault.name for fault in faults}:
         raise UserError(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in faults)}")
     faults = [fault for fault in faults if not settings.only or fault.name in settings.only]
+    torch.set_num_threads(1)
+    for name in LATE_IMPORTS:  # so that what is forked from here need not do it each time
+        importlib.import_module(name)
     started, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="faults_"))
     found: dict[str, Outcome] = {}
     for fault, outcome in run_all(faults, folder, short=settings.short, at_once=settings.at_once):

@@ -17,7 +17,8 @@ from bench.faults_result import Result, compare, partial_files, result_of
 
 SEED = 20
 RUNS = {1: 24, 2: 14, 3: 6}  # world size -> runs
-SHORT_RUNS = {1: 2, 2: 1}
+STEPS = 16
+SHORT_RUNS, SHORT_STEPS = {1: 2, 2: 1}, 8
 MOST_KILLS = 3  # of a run
 MOST_STARTS = 12
 START_SECONDS = 60.0  # after which a start that nobody kills has hung
@@ -29,6 +30,7 @@ class Whole(NamedTuple):
     """A run that nobody has disturbed."""
 
     result: Result
+    steps: int
     first_step_seconds: float  # from the start until the first record
     seconds: float
 
@@ -53,8 +55,9 @@ class Story:
 def run_kills(folder: Path, short: bool) -> Outcome:
     """All runs of all world sizes, each until it ends, compared with the undisturbed run of its size."""
     started, data, stories = time.monotonic(), prepare_data(folder / "data"), []
+    steps = SHORT_STEPS if short else STEPS
     for size, runs in (SHORT_RUNS if short else RUNS).items():
-        whole = undisturbed(data, folder / f"whole_{size}", size=size)
+        whole = undisturbed(data, folder / f"whole_{size}", size=size, steps=steps)
         for number in range(runs):
             stories.append(
                 killed_until_it_ends(data, folder / f"killed_{size}_{number}", whole, size=size, number=number)
@@ -88,24 +91,24 @@ def total(counts: Iterable[Counter[str]]) -> Counter[str]:
     return sum(counts, Counter())
 
 
-def undisturbed(data: Path, folder: Path, *, size: int) -> Whole:
+def undisturbed(data: Path, folder: Path, *, size: int, steps: int) -> Whole:
     """The run that all others of this world size are compared with, and how long its parts take."""
     started, first_step = time.monotonic(), None
-    ranks = Ranks(run_arguments(data, folder / "out"), size=size, outputs=folder)
+    ranks = Ranks(run_arguments(data, folder / "out", max_iters=steps), size=size, outputs=folder)
     while not ranks.wait(LOOK_SECONDS):
         if first_step is None and has_told_of_a_step(folder):
             first_step = time.monotonic() - started
         assert time.monotonic() - started < START_SECONDS, ranks.last_words()
     assert set(ranks.statuses.values()) == {0}, ranks.last_words()
     seconds = time.monotonic() - started
-    return Whole(result_of(folder / "out"), first_step or seconds / 2, seconds)
+    return Whole(result_of(folder / "out"), steps, first_step or seconds / 2, seconds)
 
 
 def killed_until_it_ends(data: Path, folder: Path, whole: Whole, *, size: int, number: int) -> Story:
     """One run with up to MOST_KILLS kills, started again with --resume=auto after each, and compared at its end."""
     draw, story, out_dir = random.Random(f"{SEED} {size} {number}"), Story(size, number), folder / "out"
     planned = draw.randint(1, MOST_KILLS)
-    arguments = run_arguments(data, out_dir, resume="auto")
+    arguments = run_arguments(data, out_dir, resume="auto", max_iters=whole.steps)
     while story.starts < MOST_STARTS:
         story.starts += 1
         ranks = Ranks(arguments, size=size, outputs=folder / f"start_{story.starts}")
