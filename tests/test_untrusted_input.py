@@ -23,6 +23,7 @@ from sft.checkpoint import read_checkpoint
 from sft.config import load_settings
 from sft.errors import UserError, harmless
 from sft.prepared_writer import PreparedWriter, earlier_meta
+from sft.templates import template_in
 from sft.tokenizer import load_tokenizer
 from sft.untrusted import is_plain_name, read_bytes, strict_json
 from tests.conftest import ROOT
@@ -67,6 +68,8 @@ def test_no_more_is_read_than_a_file_of_its_kind_can_need_and_no_pipe_is_waited_
     os.mkfifo(tmp_path / "meta.json")
     assert "is no regular file" in refusal(read_meta, tmp_path)
     assert "not written by prepare_sft.py" in refusal(earlier_meta, tmp_path)
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    assert template_in(tmp_path) == "chatml"
     folder = written(tmp_path / "folder", folder_target().files)
     for where, name, load in (
         ("sft.huggingface.LARGEST_JSON", "config.json", load_pretrained),
@@ -221,7 +224,7 @@ def edited_tokenizer(folder: Path, change: Callable[[dict], object]) -> Path:
         (lambda content: content["model"]["vocab"].update({"!": 4}), "its vocabulary has two tokens of one id"),
         (lambda content: content["model"]["vocab"].update(x=2**31), "has the id 2,147,483,64"),
         (lambda content: content["model"].update(continuing_subword_prefix="a" * 40), "not a tokenizer.json"),
-        (lambda content: content.update(model={"type": "x" * 10_000}), "not a tokenizer.json"),
+        (lambda content: content["model"]["vocab"].update({">": "x" * 10_000}), "not a tokenizer.json"),
     ],
 )
 def test_a_tokenizer_that_would_give_other_ids_than_its_file_says_is_refused(tmp_path, capfd, change, said):
@@ -286,6 +289,7 @@ def test_a_setting_of_a_run_log_is_a_problem_and_no_crash_however_long(tmp_path)
     (tmp_path / "run_1.json").write_text(json.dumps({"config": {"sft_data_dir": "a" * 9000, "model": "b" * 9000}}))
     told = refusal(load_settings, TrainSettings, [str(tmp_path / "run_1.json"), "--out_dir=x"])
     assert "no preset is called 'bbb" in told
+    assert "b" * 100 not in told
     assert "does not exist" in told
 
 
