@@ -100,7 +100,7 @@ def write_run(folder, *, losses=((1, 0.5), (2, 0.25)), resumed=((2, 0.25),)):
     numbers = {"grad_norm": 1.0, "lr": 0.1, "trained_tokens": 3, "tokens": 5, "skipped": 0, "order": "cd"}
     for place, told in enumerate((losses, resumed)):
         records = [{"iter": step, "loss": loss, **numbers, "time_ms": step * 7} for step, loss in told]
-        log = {"startup_info": {}, "training_iterations": records, "eval_steps": []}
+        log = {"startup_info": {}, "training_iterations": records, "eval_steps": [], "events": [], "checkpoints": []}
         (folder / f"run_20260101_00000{place}.json").write_text(json.dumps(log))
     return outcome(folder, step=2)
 

@@ -363,7 +363,7 @@ def test_a_page_is_whole_or_absent_and_replaces_nothing_but_pages(many, show, tm
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sft.page.into_place", full)
+    monkeypatch.setattr("sft.files.os.fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
         inspect_data.main([str(many), f"--html={tmp_path / 'new.html'}"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "page.html"]
