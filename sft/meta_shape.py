@@ -38,7 +38,8 @@ COUNTS = Each(dict, COUNT)
 LENGTHS = {"min": NUMBER, "median": NUMBER, "mean": NUMBER, "p95": NUMBER, "max": NUMBER}
 PER_SOURCE = {f"{name}?": COUNT for name in ("records", "conversations", "samples", "tokens", "trained_tokens")}
 
-SHAPE = {  # an object has these fields; those with a question mark may be left out, and others may be there
+# An object has these fields; those with a question mark may be left out, others may be there. A tuple: all of these.
+SHAPE = {
     "arrays": Each(dict, {"dtype": TEXT, "shape": Each(list, COUNT), "sha256?": TEXT}),
     "vocab_size": COUNT,
     "max_id": WHOLE,  # -1 where there is no token
@@ -53,7 +54,7 @@ SHAPE = {  # an object has these fields; those with a question mark may be left 
     "ledger?": {
         "records?": COUNTS,
         "conversations?": COUNTS,
-        "tokens?": Each(dict, Either(COUNT, COUNTS)),
+        "tokens?": ({"total?": COUNT}, Each(dict, Either(COUNT, COUNTS))),
         "splits?": Each(dict, COUNTS),
     },
     "lengths?": Each(dict, Either(NULL, LENGTHS)),
@@ -70,6 +71,10 @@ SHAPE = {  # an object has these fields; those with a question mark may be left 
 
 def misfits(value: Any, shape: Any = SHAPE, name: str = "") -> Iterator[str]:
     """A sentence for each part of the value that is not of the shape."""
+    if type(shape) is tuple:
+        for each in shape:
+            yield from misfits(value, each, name)
+        return
     if isinstance(shape, Either):
         if shape.plain.fits(value):
             return

@@ -174,6 +174,7 @@ def change_meta(prepared: Path, folder: Path, change: Callable[[dict], object]) 
         (lambda meta: meta["sources"][0].pop("path"), "sources[0].path must be a string, not None"),
         (lambda meta: meta["sources"][0].update(weight=[1]), "sources[0].weight must be a number, not [1]"),
         (lambda meta: meta["ledger"]["tokens"].update(cut="x"), "ledger.tokens['cut'] must be an object, not 'x'"),
+        (lambda meta: meta["ledger"]["tokens"].update(total={}), "ledger.tokens.total must be a whole number from 0"),
         (lambda meta: meta["ledger"]["splits"].update(train=[]), "ledger.splits['train'] must be an object, not []"),
         (lambda meta: meta["lengths"]["all"].pop("p95"), "lengths['all'].p95 must be a number, not None"),
         (lambda meta: meta.update(noticed={"x": {}}), "noticed['x'].conversations must be a whole number from 0"),
