@@ -1,8 +1,8 @@
-"""The start of a run: all that it begins with, made sure of before anything is written, all that is wrong told at once."""
+"""The start of a run: all that it begins with, made sure of before anything is written; what is wrong, told at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
