@@ -23,7 +23,7 @@ MOST_KILLS = 3  # of a run
 MOST_STARTS = 12
 START_SECONDS = 60.0  # after which a start that nobody kills has hung
 GLANCE_SECONDS = 0.0002  # between two looks for a save that begins
-STAGES = ("start", "step", "save")
+STAGES = ("save", "step", "start")  # in turn
 
 
 class Whole(NamedTuple):
@@ -136,7 +136,7 @@ def killed_until_it_ends(data: Path, folder: Path, whole: Whole, *, size: int, n
 
 def kill_at_random(ranks: Ranks, out_dir: Path, whole: Whole, draw: random.Random, story: Story) -> None:
     """Kill one rank or all at a random moment of a start, a step or a save, unless the run has ended before."""
-    size, stage = len(ranks.living), draw.choice(STAGES)
+    size, stage = len(ranks.living), STAGES[(story.number + story.kills) % len(STAGES)]
     everyone = size == 1 or draw.random() < 0.4
     victims = list(range(size)) if everyone else [draw.randrange(size)]
     if stage == "save":
