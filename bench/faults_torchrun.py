@@ -125,10 +125,11 @@ def run_torchrun(folder: Path, short: bool) -> Outcome:
     assert statuses == [0] * RANKS, statuses
     whole = result_of(out_dir)
     cases = [case for case in CASES if not short or case.name in SHORT_CASES]
-    failures, seconds = [], {}
-    for case, ended in run_cases(cases, data, folder):
-        seconds[f"seconds: {case.name}"] = round(ended.seconds, 1)
-        failures += [f"{case.name}: {problem}" for problem in problems(case, ended, place_of(case, folder))]
+    # all of them first: nothing else shall take time while they are watched
+    ended = dict(run_cases(cases, data, folder))
+    failures = []
+    for case in cases:
+        failures += [f"{case.name}: {problem}" for problem in problems(case, ended[case], place_of(case, folder))]
         failures += [f"{case.name}, started again: {problem}" for problem in went_on(case, data, folder, whole)]
     return Outcome(
         test="torchrun: " + ", ".join(case.name for case in cases),
@@ -136,7 +137,7 @@ def run_torchrun(folder: Path, short: bool) -> Outcome:
         cases=len(cases),
         least=len(cases),
         failures=tuple(failures),
-        counts=seconds,
+        counts={"seconds from the fault to the end": {case.name: round(ended[case].seconds, 1) for case in cases}},
         seconds=time.monotonic() - started,
     )
 
