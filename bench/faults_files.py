@@ -23,6 +23,7 @@ from bench.faults_outcome import Fault, Outcome
 from bench.faults_pairs import END, KILLING, Operation, Pair, spread
 from bench.faults_scene import (
     NEW,
+    OF_BEST,
     OLD,
     RUN,
     SAVED,
@@ -54,7 +55,7 @@ def judge_run(scene: Scene, expected: dict[str, str], pair: Pair, ended: Ended) 
     problems = list(problems_of_end(pair, ended))
     problems += [f"{path.name} is not valid JSON" for path in scene.out.glob("run_*.json") if read_log(path) is None]
     recovery = recover(scene)
-    if ended.status == 0 and (wrong := differing(pair, recovery.before, expected)):
+    if has_ended(pair, ended) and (wrong := differing(pair, recovery.before, expected)):
         problems.append(f"ended well, and yet {wrong}")
     if recovery.ended.status != 0 or recovery.ended.hung:
         return Judgement([*problems, f"needed help: {last_words(recovery.ended)}"], "needed help")
@@ -78,9 +79,9 @@ def differing(pair: Pair, found: dict[str, str], expected: dict[str, str]) -> st
 
     After a save that the disk refused, the best checkpoint is the best of those that it took.
     """
-    of_best = pair.mode not in KILLING and " " not in found["ckpt_best.pt"]
-    names = [name for name in expected if name != "ckpt_best.pt" or not of_best]
-    return ", ".join(f"{name} is {found[name]}" for name in names if found[name] != expected[name])
+    may_be_another = pair.mode not in KILLING and " " not in found["ckpt_best.pt"]
+    names = [name for name in expected if not (may_be_another and name in OF_BEST)]
+    return ", ".join(f"{name} is {found.get(name)}" for name in names if found.get(name) != expected[name])
 
 
 def problems_of_end(pair: Pair, ended: Ended) -> Iterator[str]:
@@ -98,6 +99,11 @@ def problems_of_end(pair: Pair, ended: Ended) -> Iterator[str]:
         yield f"ended with status {ended.status} without a message: {last_words(ended)}"
     elif ended.status and pair.mode.endswith("once") and trained_on(ended):
         yield f"a passing error ended the run: {last_words(ended)}"
+
+
+def has_ended(pair: Pair, ended: Ended) -> bool:
+    """Whether the program had done all of its work, and said so, before anything befell its files."""
+    return ended.status == 0 or pair.operation.kind == END
 
 
 def trained_on(ended: Ended) -> bool:
@@ -122,7 +128,7 @@ def judge_prepared(
 ) -> Judgement:
     """A data set of which one operation went wrong, after it has been prepared again; `older` was there before."""
     problems, found = list(problems_of_end(pair, ended)), files_of(scene.prepared)
-    if ended.status == 0 and found != expected:
+    if has_ended(pair, ended) and found != expected:
         problems.append("ended well with other files")
     whole = [{name: files[name] for name in files if name in found} for files in (older, expected)]
     if is_accepted(scene.prepared) and not any(files.items() <= found.items() for files in (older, expected)):

@@ -34,7 +34,8 @@ RUN: dict[str, Any] = {  # the best evaluation is that of step 2
 }
 NEW, OLD = 24, 16  # conversations of the data set, and of one that was prepared before
 # What a run comes to; the rest of a checkpoint is of its settings and of the time that it took.
-RESULT = ("model", "optimizer", "iter_num", "rows_seen", "order", "trained_tokens_seen", "val_loss", "best_val_loss")
+RESULT = ("model", "optimizer", "iter_num", "rows_seen", "order", "trained_tokens_seen", "val_loss")
+OF_BEST = ("ckpt_best.pt", "best_val_loss")  # of what a result tells
 SAVED = re.compile(r"saved \S*ckpt_(\d+)\.pt$", re.MULTILINE)
 STEP = re.compile(r"^step +(\d+)/\d+  loss ", re.MULTILINE)
 
@@ -120,12 +121,13 @@ def make_scene(folder: Path) -> Scene:
 
 
 def result_of(out: Path) -> dict[str, str]:
-    """A digest of what the last and the best checkpoint of a folder hold, read by torch.load itself."""
+    """A digest of what the last and the best checkpoint of a folder hold, read by torch.load itself; the best loss."""
     digests = {}
     for name in (f"ckpt_{STEPS:06d}.pt", "ckpt.pt", "ckpt_best.pt"):
         try:
             content = torch.load(out / name, weights_only=True)
             digests[name] = digest({key: content[key] for key in RESULT})
+            digests.setdefault("best_val_loss", repr(content["best_val_loss"]))
         except Exception as error:  # whatever a damaged file leads to
             digests[name] = f"{type(error).__name__}: {error}"
     return digests
@@ -193,7 +195,7 @@ def undisturbed(scene: Scene) -> dict[str, str]:
     scene.clear()
     recovery = recover(scene)
     assert recovery.ended.status == 0, recovery.ended
-    assert len(set(recovery.after.values())) == 2, "the best checkpoint is to be another than the last one"
+    assert len(set(recovery.after.values())) == 3, "the best checkpoint is to be another than the last one"
     return recovery.after
 
 
