@@ -330,7 +330,7 @@ def misbehave(folder: Path) -> Any:
 
 
 def test_the_search_finds_crashes_hangs_memory_programs_writing_tracebacks_and_wrong_values(tmp_path, monkeypatch):
-    monkeypatch.setattr(faults, "CPU_SECONDS", 1.0)
+    monkeypatch.setattr(faults, "CPU_SECONDS", 3.0)
     kinds = (
         "refused",
         "crash",
