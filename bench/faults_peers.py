@@ -44,6 +44,7 @@ from bench.faults_bytes import (
 from bench.faults_fork import Ended, disturbed, in_child, operations_of
 from bench.faults_pairs import Operation, Pair, spread
 from bench.faults_savers import BEGAN, PEERS, RESULT, SAVED, STEPS, Peer, write_through_python
+from bench.packing import processor
 from sft.config import load_settings
 from sft.errors import UserError, run_program
 
@@ -220,6 +221,7 @@ def main(argv: list[str]) -> None:
     write_through_python()
     report: dict[str, Any] = {
         "command": " ".join(["PYTHONPATH=. OMP_NUM_THREADS=1 python bench/faults_peers.py", *argv]),
+        "processor": processor(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "datasets", "safetensors")},
         "steps": STEPS,

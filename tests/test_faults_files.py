@@ -1,5 +1,6 @@
 """Faults at file operations and damaged files, in small; and that the harness sees what it is there to see."""
 
+import json
 import os
 import sys
 
@@ -14,6 +15,7 @@ from bench.faults_pairs import END, MODES, Operation, Pair, modes_of, spread
 from bench.faults_peers import start_again, what_became
 from bench.faults_savers import PEERS, through_python
 from bench.faults_scene import make_scene, undisturbed
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="paths of descriptors come from /proc")
 
@@ -59,6 +61,13 @@ def test_nanogpts_way_is_seen_to_lose_its_only_checkpoint(tmp_path, monkeypatch)
     ended = disturbed(lambda: peer.train(out), Pair(Operation("write", "ckpt.pt", 5), "torn"), out, tmp_path)
     assert "saved 1" in ended.output
     assert what_became(start_again(peer, out, tmp_path), result, saved=1) == ["needed help", "lost a finished save"]
+
+
+def test_the_committed_result_tells_of_every_saver_and_its_versions():
+    report = json.loads((ROOT / "bench" / "results" / "faults_peers.json").read_text())
+    assert report["savers"].keys() == {peer.name for peer in PEERS}
+    assert all(saver["faults"]["cases"] >= 60 for saver in report["savers"].values())
+    assert {"transformers", "trl", "torch", "command", "processor"} <= report.keys()
 
 
 class Program:
