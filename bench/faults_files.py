@@ -39,7 +39,7 @@ from bench.faults_scene import (
 from sft.arrays import open_prepared, verify_checksums
 from sft.errors import UserError
 
-PAIRS = {"save": 150, "log": 65, "resume": 75, "prepare": 120}  # so many of all pairs are tried
+PAIRS = {"save": 135, "log": 80, "resume": 75, "prepare": 145}  # so many of all pairs are tried
 SHORT_PAIRS = {"save": 4, "log": 1, "resume": 1, "prepare": 2}
 
 

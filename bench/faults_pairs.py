@@ -51,7 +51,7 @@ def modes_of(kind: str) -> tuple[str, ...]:
 def spread(operations: list[Operation], count: int | None) -> list[Pair]:
     """About `count` of all pairs (None = all), of every kind, role and mode, evenly over the ordinals.
 
-    Every operation comes first with one of its modes, in turn, then with others.
+    Every operation comes first with one of its modes, in turn; then every write is torn, then come others.
     """
     starts = list(dict.fromkeys((operation.kind, operation.role) for operation in operations))
     turned = []
@@ -59,11 +59,14 @@ def spread(operations: list[Operation], count: int | None) -> list[Pair]:
         pairs = [Pair(operation, mode) for mode in modes_of(operation.kind)]
         first = (operation.ordinal + starts.index((operation.kind, operation.role))) % len(pairs)
         turned.append(pairs[first:] + pairs[:first])
-    rounds = [[pairs[i] for pairs in turned if i < len(pairs)] for i in range(max(map(len, turned), default=0))]
-    pairs = [pair for each in rounds for pair in each]
-    if count is None or count >= len(pairs):
-        return pairs
-    whole = [pair for each in rounds[: count // max(1, len(operations))] for pair in each]
-    rest = pairs[len(whole) :][: len(operations)]
-    missing = count - len(whole)
-    return whole + [rest[i * len(rest) // missing] for i in range(missing)] if rest and missing > 0 else whole
+    first_of_each = [pairs[0] for pairs in turned]
+    if count is not None and count <= len(first_of_each):
+        return evenly(first_of_each, count)
+    rest = [pair for pairs in turned for pair in pairs[1:]]
+    torn, others = ([pair for pair in rest if (pair.mode == "torn") == is_torn] for is_torn in (True, False))
+    missing = len(others) if count is None else count - len(first_of_each) - len(torn)
+    return [*first_of_each, *torn, *evenly(others, max(0, min(missing, len(others))))]
+
+
+def evenly(pairs: list[Pair], count: int) -> list[Pair]:
+    return [pairs[i * len(pairs) // count] for i in range(count)]
