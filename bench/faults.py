@@ -150,9 +150,9 @@ def main(argv: list[str]) -> None:
     for fault, outcome in run_all(faults, folder, short=settings.short, at_once=settings.at_once):
         found[fault.name] = outcome
         print(f"{fault.name:<10} {outcome.cases:6,} cases  {outcome.seconds:6.1f} s  {summary(outcome)}", flush=True)
-    outcomes = [found[fault.name] for fault in faults]
+    found = {fault.name: found[fault.name] for fault in faults}
     seconds = time.monotonic() - started
-    print("", *table(outcomes), "", f"{seconds:.0f} s", sep="\n", flush=True)
+    print("", *table(list(found.values())), "", f"{seconds:.0f} s", sep="\n", flush=True)
     out = settings.out or (None if settings.only or settings.short else HERE / "results" / "faults.json")
     if out is not None:
         write_json(Path(out), report(argv, found, seconds=seconds, short=settings.short))

@@ -240,15 +240,19 @@ def run_files(folder: Path, short: bool) -> Outcome:
     counts: dict[str, Any] = {}
     kinds: Counter[str] = Counter()
     for program in programs(scene):
+        passing: Counter[tuple[bool, bool]] = Counter()
         pairs = spread(thinned(program.operations), (SHORT_PAIRS if short else PAIRS)[program.name])
         for pair in pairs:
             program.begin()
             ended = disturbed(program.act, pair, program.folder, scene.work)
             judgement = program.judge(pair, ended)
             kinds[judgement.kind] += 1
+            passing[pair.mode.endswith("once"), ended.status == 0] += 1
             failures += [f"{program.name}: {pair}: {problem}" for problem in judgement.problems]
         counts[f"{program.name}: operations"] = len(program.operations)
         counts[f"{program.name}: pairs"] = len(pairs)
+        counts[f"{program.name}: passing errors"] = passing[True, True] + passing[True, False]
+        counts[f"{program.name}: passing errors after which it went on"] = passing[True, True]
     return Outcome(
         test="kill, torn write, power cut, ENOSPC, EIO at every file operation, then resume",
         must="0 lost, 0 needed help; weights and optimizer bitwise equal, prepared data the same bytes",

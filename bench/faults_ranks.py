@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import prepare_sft
+import sft.errors
 import train_sft
 from sft.errors import run_program
 from tests.tiny_tokenizer import save_tiny_tokenizer
@@ -217,7 +218,12 @@ def run_to_end(
     patch: Callable[[int], None] = lambda rank: None,
 ) -> list[int | None]:
     """The exit statuses of all ranks of one start; None for one that had to be killed since it took too long."""
-    ranks = Ranks(arguments, size=size, outputs=outputs, patch=patch)
+
+    def begin(rank: int) -> None:
+        sft.errors.FIRST_SPEAKS_WITHIN_SECONDS = 0.0  # no torchrun ends the others as soon as the first has spoken
+        patch(rank)
+
+    ranks = Ranks(arguments, size=size, outputs=outputs, patch=begin)
     ranks.wait(seconds)
     statuses = [ranks.statuses.get(rank) for rank in range(size)]
     ranks.close()

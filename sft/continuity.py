@@ -13,7 +13,7 @@ OF_THE_ORDER = ("seed", "block_size")
 OF_THE_SCHEDULE = ("learning_rate", "min_lr", "lr_schedule", "warmup_iters")
 OF_THE_UPDATE = ("weight_decay", "beta1", "beta2", "grad_clip", "dropout", "skip_spikes")
 SETTINGS = (*OF_THE_ORDER, *OF_THE_SCHEDULE, *OF_THE_UPDATE)
-CHANGEABLE = (*SETTINGS, "data", "template", "decay", "rows_per_step")
+CHANGEABLE = (*SETTINGS, "data", "template", "tokenizer", "decay", "rows_per_step")
 
 
 def identity(data: PreparedData, *, rows_per_step: int, world_size: int, decay: int | None) -> dict[str, Any]:
@@ -46,7 +46,8 @@ def differences(
     if then.get("model") != settings.model:
         yield f"model: the run was started with {then.get('model')}, not with {settings.model}"
     if saved.get("tokenizer_fingerprint", now["tokenizer_fingerprint"]) != now["tokenizer_fingerprint"]:
-        yield f"tokenizer: {settings.sft_data_dir} was prepared with another one"
+        if "tokenizer" not in allowed:
+            yield f"tokenizer: {settings.sft_data_dir} was prepared with another one"
     elif saved.get("template", now["template"]) != now["template"]:
         if "template" not in allowed:
             yield f"template: {settings.sft_data_dir} has {now['template']}, the run began with {saved['template']}"

@@ -55,10 +55,14 @@ def make_sure(
         path = (settings.resume != "never" and resume_path()) or settings.checkpoint_path
         return Path(path) if path else None
 
+    def new_base() -> Path | None:  # what is resumed has been compared in all
+        return source() if resume_path() is None else None
+
     base = found.together(lambda: load(path) if (path := source()) else None)
     found.on_main(lambda: start_checks.refuse_non_finite(base(), source()))
-    found.on_main(lambda: startup.refuse_other_tokenizer(source(), data()))
+    found.on_main(lambda: startup.refuse_other_tokenizer(new_base(), data(), allowed=settings.allow_change))
     found.on_main(lambda: startup.refuse_foreign_tokenizer(data(), lock.out_dir, resumes=resume_path() is not None))
+    found.on_main(lambda: startup.refuse_to_grow(base(), resume_path(), data()))
     model = found.together(lambda: build(data(), base()))
     found.on_main(lambda: start_checks.refuse_full_disk(settings, model(), course().steps, saved(), say=world.print))
     loss = found.together(lambda: _loss(settings, world, model()))

@@ -7,7 +7,7 @@ import errno
 import filecmp
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -158,10 +158,10 @@ def refuse_another_run(path: Path, saved: Mapping[str, Any], settings: Any, iden
         raise listed(f"{path}: cannot be resumed, since it would not be the same run:", problems)
 
 
-def refuse_other_tokenizer(source: Path | None, data: PreparedData) -> None:
+def refuse_other_tokenizer(source: Path | None, data: PreparedData, *, allowed: Collection[str] = ()) -> None:
     """Raise UserError where a checkpoint or a folder, if there is one, tells of another tokenizer than the data's."""
     theirs = None
-    if source is None:
+    if source is None or "tokenizer" in allowed:
         return
     if not is_hugging_face_folder(source):
         theirs = read_checkpoint(checkpoint_file(source), verify=False).get("tokenizer_fingerprint")
@@ -171,7 +171,18 @@ def refuse_other_tokenizer(source: Path | None, data: PreparedData) -> None:
     if theirs not in (None, ours):
         raise UserError(
             f"{data.folder}: prepared with another tokenizer ({ours[:12]}) than {source} was trained with "
-            f"({str(theirs)[:12]}); prepare it again with the tokenizer files beside that checkpoint"
+            f"({str(theirs)[:12]}); prepare it again with the tokenizer files beside that checkpoint, or say that the "
+            "change is meant: --allow_change=tokenizer"
+        )
+
+
+def refuse_to_grow(model: Any, resume_path: Path | None, data: PreparedData) -> None:
+    """Raise UserError where a resumed model is too small for the data: moments of the optimizer cannot grow."""
+    needed = data.meta["vocab_size"]
+    if resume_path is not None and model.vocab_size < needed:
+        raise UserError(
+            f"tokenizer: {data.folder} has {needed:,} ids, the model of {resume_path} has {model.vocab_size:,}; a "
+            f"resumed run cannot grow: begin one in another --out_dir from it, with --checkpoint_path={resume_path}"
         )
 
 
@@ -179,13 +190,23 @@ def refuse_foreign_tokenizer(data: PreparedData, out_dir: Path, *, resumes: bool
     """Raise UserError where copy_tokenizer would replace the tokenizer of another run than the one that it resumes."""
     if resumes:
         return
-    found = [path for path in (out_dir / "tokenizer.json", *out_dir.glob("*.tiktoken")) if path.exists()]
-    if foreign := [path for path in found if not _is_copy(path, data.folder / path.name)]:
+    if foreign := [path for path in tokenizer_files(out_dir) if not _is_copy(path, data.folder / path.name)]:
         raise UserError(f"{foreign[0]}: another tokenizer than that of {data.folder}; choose another --out_dir")
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a vocabulary in a folder."""
+    return [path for pattern in TOKENIZERS for path in folder.glob(pattern)]
+
+
 def copy_tokenizer(data: PreparedData, out_dir: Path) -> None:
-    """Put the tokenizer's files beside the checkpoints, where chat and export look for them; each whole or absent."""
+    """Put the tokenizer's files beside the checkpoints, where chat and export look for them; each whole or absent.
+
+    Of a run that goes on with another tokenizer, the files of the old one are removed.
+    """
+    for path in tokenizer_files(out_dir):
+        if path.name not in data.meta["tokenizer_files"]:
+            path.unlink(missing_ok=True)
     for name in data.meta["tokenizer_files"]:
         try:
             if not _is_copy(out_dir / name, data.folder / name):

@@ -207,6 +207,7 @@ def demo(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_pipeline_runs_from_papers_to_answers_and_judges_them(tmp_path):
     finished = demo(tmp_path)
     assert finished.returncode == 1, finished.stdout + finished.stderr  # two steps teach nothing

@@ -134,6 +134,7 @@ def test_an_eight_billion_model_is_told_of_on_a_small_machine(arguments, capsys,
     assert needed > 90
 
 
+@pytest.mark.slow
 def test_two_processes_tell_once(arguments, tmp_path):
     done = torchrun(2, ROOT / "train_sft.py", *arguments(), "--dry_run=True")
     assert done.stdout.count("nothing was written and nothing was trained") == 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.defects import DEFECTS, Defect
-from bench.faults import main, table
+from bench.faults import all_faults, main, table
 from bench.faults_defects import cannot_be_put
 from bench.faults_outcome import Outcome
 from bench.faults_result import Result, compare, differences, result_of
@@ -171,3 +171,16 @@ def test_another_weight_another_record_and_a_partial_file_are_told(tmp_path):
     assert partial == "partial files are left: ['ckpt_000008.pt.partial']"
     (tmp_path / "other" / "run_20260101_000000.json").write_text("{")
     assert re.match("a run log is no JSON", compare(tmp_path / "other", whole)[0])
+
+
+def test_the_committed_results_are_of_all_faults_in_full_within_eight_minutes_and_met():
+    report = json.loads((ROOT / "bench" / "results" / "faults.json").read_text())
+    assert list(report["faults"]) == [fault.name for fault in all_faults()]
+    assert not report["short"]
+    assert report["seconds"] < 8 * 60
+    assert report["command"] == "OMP_NUM_THREADS=1 python -m bench.faults"
+    for outcome in report["faults"].values():
+        assert outcome["failures"] == []
+        assert outcome["cases"] >= outcome["least"]
+    assert report["faults"]["kills"]["counts"]["kills"] >= 50
+    assert report["faults"]["defects"]["cases"] == len(DEFECTS)

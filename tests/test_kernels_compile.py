@@ -36,6 +36,7 @@ def check(kernels: dict[str, dict[str, int]]) -> None:
         assert (used["vector_loads"] > 0) == (not name.endswith(("one column", "one number"))), name
 
 
+@pytest.mark.slow
 def test_the_default_configuration_compiles_without_spills(tmp_path: Path):
     check(compiled(tmp_path)[1])
 

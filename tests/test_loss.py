@@ -180,6 +180,7 @@ def test_a_kernel_that_cannot_run_here_is_refused_before_the_run_is_begun(argume
     assert not list((tmp_path / "out").glob("run_*.json"))
 
 
+@pytest.mark.slow
 def test_interpreted_triton_gives_the_same_trajectory(arguments, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     told = {}

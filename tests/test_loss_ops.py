@@ -292,6 +292,7 @@ def test_weights_of_another_dtype_do_not_change_the_results():
     assert {loss.loss_sum.dtype, loss.token_losses.dtype} == {torch.float32}
 
 
+@pytest.mark.slow
 @NOT_COMPILED
 def test_the_choice_is_the_same_where_gradients_are_off(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")

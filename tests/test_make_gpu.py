@@ -86,6 +86,7 @@ sys.exit(pytest.main(["-m", "gpu", "--collect-only", "-q", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_files_with_gpu_tests_import_nothing_that_a_gpu_machine_may_lack():
     command = [sys.executable, "-c", COLLECT, *map(str, gpu_files())]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

@@ -34,7 +34,7 @@ def gradients(mode: Recomputing, *, dropout: float, backend: str | None) -> list
 
 @pytest.mark.filterwarnings("ignore:Detected that context_fn")
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_recomputing_changes_no_bit_of_the_gradients(dropout, backend):
     expected = gradients("none", dropout=dropout, backend=backend)
     assert len(expected) == 1 + len(list(tiny_model().parameters()))
@@ -61,6 +61,7 @@ def test_each_mode_keeps_less_than_the_one_before():
     assert kept[-1] < kept[0] / 3
 
 
+@pytest.mark.slow
 def test_two_processes_recompute_the_same_gradients(tmp_path: Path):
     """With dropout, and with DDP's all-reduce in the backward pass."""
     torchrun(2, ROOT / "tests" / "recompute_worker.py", tmp_path / "gradients.pt")

@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.launch import torchrun
 from tests.preparing import exchange, prepare, write_lines
 from tests.ranks import run_ranks
-from tests.tiny_tokenizer import save_tiny_tokenizer
+from tests.tiny_tokenizer import CONTROL, save_tiny_tokenizer
 
 slow = pytest.mark.slow
 ROUNDING = 1e-12  # relative
@@ -172,6 +172,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "rows_per_step": {"gradient_accumulation_steps": 3},
     "data": {"sft_data_dir": "other"},
     "template": {"sft_data_dir": "thinking"},
+    "tokenizer": {"sft_data_dir": "tokenizer"},
 }
 
 
@@ -183,9 +184,11 @@ def folder(tmp_path_factory) -> Path:
         exchanges = [exchange(f"cat {number}?", "hat " * (number + 1)) for number in range(count)]
         write_lines(folder / "input.jsonl", exchanges)
         prepare(folder, out=name, template=template, block_size=64, val_fraction=0.2)
-    (folder / "foreign").mkdir()
-    foreign = save_tiny_tokenizer(folder / "foreign", texts=["other words make other tokens"])
-    prepare(folder, out="tokenizer", tokenizer=foreign, block_size=64, val_fraction=0.2)
+    more = [*CONTROL, *(f"<|{number}|>" for number in range(100))]
+    for name, choices in (("tokenizer", {"texts": ["other words make other tokens"]}), ("larger", {"control": more})):
+        (folder / f"of_{name}").mkdir()
+        tokenizer = save_tiny_tokenizer(folder / f"of_{name}", **choices)
+        prepare(folder, out=name, tokenizer=tokenizer, block_size=64, val_fraction=0.2)
     return folder
 
 
@@ -220,8 +223,8 @@ def test_a_change_is_refused_by_its_name_and_let_through_by_it(name, resume):
 
 
 def implied(name: str) -> list[str]:
-    """Another template makes other data: who lets it through has let them through."""
-    return ["template"] if name == "data" else []
+    """Another tokenizer or template makes other data: who lets it through has let them through."""
+    return {"template": ["tokenizer"], "data": ["template", "tokenizer"]}.get(name, [])
 
 
 def test_all_changes_are_told_of_at_once(resume):
@@ -229,9 +232,16 @@ def test_all_changes_are_told_of_at_once(resume):
         resume(sft_data_dir="other", seed=7, learning_rate=1, dropout=0.2, lr_decay_iters=9)
 
 
-def test_another_tokenizer_is_refused_whatever_may_change(resume):
-    with pytest.raises(UserError, match=r"tokenizer: .*tokenizer was prepared with another one"):
-        resume(sft_data_dir="tokenizer", allow_change=",".join(CHANGEABLE))
+def test_the_tokenizer_beside_the_checkpoints_is_that_of_the_data(resume, folder, tmp_path):
+    (tmp_path / "out" / "old.tiktoken").touch()
+    resume(sft_data_dir="tokenizer", allow_change="tokenizer")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer" / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "out" / "old.tiktoken").exists()
+
+
+def test_a_resumed_model_does_not_grow(resume, folder):
+    with pytest.raises(UserError, match=r"tokenizer: .*has \d+ ids, the model of .* has \d+; .*--checkpoint_path="):
+        resume(sft_data_dir="larger", allow_change="tokenizer")
 
 
 def test_a_refused_resume_changes_no_file(resume, tmp_path):

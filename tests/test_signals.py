@@ -159,7 +159,7 @@ slow = pytest.mark.slow
         (1, "int forward 0 6", 6),
         pytest.param(1, "term evaluation 0 5", 5, marks=slow),
         pytest.param(1, "usr1 saving 0 10", 11, marks=slow),
-        (2, "usr1 forward 1 7", 7),
+        pytest.param(2, "usr1 forward 1 7", 7, marks=slow),
         (2, "term evaluation 1 5", 5),
         pytest.param(2, "int evaluation 0 0", 0, marks=slow),
         pytest.param(2, "term saving 0 5", 6, marks=slow),

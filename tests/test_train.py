@@ -48,7 +48,8 @@ def assert_equal_trees(one, two, where=""):
         assert one == two, where
 
 
-@pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2, 3])
 def test_a_run_killed_after_a_save_and_resumed_equals_one_that_was_not(arguments, tmp_path, processes):
     """Bitwise in weights, optimizer and logged losses: with dropout, accumulation, an epoch's end and evaluations."""
     options = {"max_iters": 20, "dropout": 0.1, "log_interval": 4}  # 10 is inside a log interval

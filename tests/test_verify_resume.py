@@ -114,6 +114,7 @@ def test_a_resume_that_makes_another_run_is_blamed(verify, capsys, tmp_path, rog
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_settings_that_are_not_deterministic_are_told_from_a_resume_that_is_wrong(verify, capsys):
     told = r"(?s)not deterministic by themselves: .*\n  model: \d+ of \d+ differ, first token_embeddings.*same rows"
     with pytest.raises(UserError, match=told) as caught:

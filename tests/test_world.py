@@ -42,7 +42,7 @@ def test_one_process_gives_the_same_gradient_for_any_accumulation_and_packing(
     assert_same_gradients(got, reference[dtype, weighted], dtype)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_give_the_gradient_and_the_validation_loss_of_one(reference, tmp_path, processes):
     torchrun(processes, ROOT / "tests" / "spread_worker.py", tmp_path / "results.pt")
     results = torch.load(tmp_path / "results.pt", weights_only=True)
@@ -76,7 +76,7 @@ def test_an_error_on_one_rank_ends_all_ranks_with_one_message(tmp_path):
     assert "exitcode  : 2" in done.stderr.replace("\t", " ")
 
 
-@pytest.mark.parametrize("who", ["0, 1", "1"])
+@pytest.mark.parametrize("who", ["0, 1", pytest.param("1", marks=pytest.mark.slow)])
 def test_one_message_comes_through_whichever_rank_is_late_or_alone(tmp_path, who):
     worker = tmp_path / "worker.py"
     worker.write_text(
@@ -155,7 +155,7 @@ def test_torchrun_with_one_process_pays_for_no_wrapper_and_no_process_group(monk
         assert world.wrap(module, bucket_mb=1, compression="bf16") is module
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_step_reduces_its_gradients_once_and_bf16_changes_their_rounding_alone(tmp_path, processes):
     torchrun(processes, ROOT / "tests" / "reduce_worker.py", tmp_path / "results.pt")
     results = torch.load(tmp_path / "results.pt", weights_only=True)
