@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model_config import ModelArchitectureConfig, parameter_count
 from sft import recompute
 from sft.attention import BackEnd, Documents, KeyValueCache, causal_attention
+from sft.ema import Weights
 from sft.errors import UserError
 from sft.linear import Linear
 from sft.pretrained import open_pretrained
@@ -180,14 +181,17 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     *,
     verify: bool = True,
+    weights: Weights = "model",
 ) -> ConfigurableGPT:
     """The model that a checkpoint or a Hugging Face folder holds, exactly: nothing added, nothing left over.
 
     It comes in evaluation mode; a trainer calls train(). Weights are copied one at a time, so the peak is the model
     and one of its tensors. `verify` compares a checkpoint's checksums, which reads all of it once; of many processes
-    one is enough. Raises UserError for what cannot be read, with every tensor that does not fit.
+    one is enough. `weights`: of a run with ema_decay, those that were trained (what a resumed run goes on from), or
+    "ema", their moving average (what its evaluations saw). Raises UserError for what cannot be read, with every tensor
+    that does not fit.
     """
-    source = open_pretrained(Path(path), verify=verify)
+    source = open_pretrained(Path(path), verify=verify, weights=weights)
     try:
         config = ModelArchitectureConfig.from_dict(source.fields)
     except UserError as error:
@@ -195,10 +199,10 @@ def load_pretrained(
     with torch.device("meta"):
         model = ConfigurableGPT(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    weights = source.weights(shapes, device, dtype)
+    tensors = source.weights(shapes, device, dtype)
     if config.weight_tying:
-        weights["lm_head.weight"] = weights["token_embeddings.weight"]
-    model.load_state_dict(weights, assign=True)
+        tensors["lm_head.weight"] = tensors["token_embeddings.weight"]
+    model.load_state_dict(tensors, assign=True)
     model._tie_head()
     return model.eval()
 

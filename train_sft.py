@@ -22,6 +22,7 @@ from sft.announcement import Plan, announce
 from sft.arrays import PreparedData
 from sft.attention_choice import AttentionChoice
 from sft.config import Resolved, fingerprint, load_settings, to_dict
+from sft.ema import MovingAverage
 from sft.errors import Preempted, UserError, run_program
 from sft.evaluation import Validation
 from sft.journal import Journal
@@ -70,6 +71,7 @@ class TrainSettings:
     weight_decay: float = 0.01  # on matrices and embeddings, not on norms and biases
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
+    ema_decay: float | None = None  # keep and evaluate a moving average: 0.999 is of about 1,000 steps; None = none
     grad_clip: float | None = 1.0  # largest global gradient norm; None = no clipping
     dropout: float = 0.0  # on embeddings, attention probabilities and residual branches
 
@@ -143,7 +145,8 @@ def train(resolved: Resolved[TrainSettings], world: World, watchdog: Watchdog) -
         )
         model, (loader, steps, _) = start.model, start.course
         autocast = settings.autocast_dtype(world.device)
-        work = memory.workload(model, loader, loss=start.loss, autocast_dtype=autocast, world=world)
+        decay = settings.ema_decay
+        work = memory.workload(model, loader, loss=start.loss, autocast_dtype=autocast, world=world, ema_decay=decay)
         model.activation_checkpointing, kept = memory.settle(settings.activation_checkpointing, work)
         if settings.dry_run:
             flops = partial(training_flops, model.config)
@@ -309,6 +312,7 @@ def build_run(resolved: Resolved[TrainSettings], start: Start, journal: Journal,
     return Run(
         world=world,
         model=model,
+        ema=None if settings.ema_decay is None else MovingAverage(model, settings.ema_decay),
         autocast_dtype=settings.autocast_dtype(world.device),
         loss=start.loss,
         optimizer=make_optimizer(

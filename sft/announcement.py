@@ -47,6 +47,12 @@ def announce(run: Run, plan: Plan, attention: Attention, kept: str) -> None:
         "loss": str(run.local_loss.loss),
         "memory": kept,
     }
+    if run.ema is not None:
+        decay = run.ema.decay
+        sentences["ema"] = (
+            f"evaluations see a moving average of the weights, decay {decay}: about the last {1 / (1 - decay):,.0f} "
+            f"steps, and {decay**plan.steps:.1%} of the first weights at the end"
+        )
     run.journal.startup(
         sentences,
         parameters=plan.parameters,

@@ -38,6 +38,7 @@ def outcome(out_dir: Path, *, step: int) -> dict[str, Any]:
     return {
         "model": saved["model"],
         "optimizer": saved["optimizer"],
+        **({"moving average": saved["ema"]} if "ema" in saved else {}),
         "rows seen": saved["rows_seen"],
         "order of the rows": saved["order"],
         "counters": {name: saved[name] for name in COUNTERS},

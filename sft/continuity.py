@@ -11,8 +11,9 @@ from sft.packing import PACKING_VERSION
 # Settings that decide which numbers come out; all others decide how fast, how often, or where.
 OF_THE_ORDER = ("seed", "block_size")
 OF_THE_SCHEDULE = ("learning_rate", "min_lr", "lr_schedule", "warmup_iters")
-OF_THE_UPDATE = ("weight_decay", "beta1", "beta2", "grad_clip", "dropout", "skip_spikes")
+OF_THE_UPDATE = ("weight_decay", "beta1", "beta2", "grad_clip", "dropout", "skip_spikes", "ema_decay")
 SETTINGS = (*OF_THE_ORDER, *OF_THE_SCHEDULE, *OF_THE_UPDATE)
+BEFORE = {"ema_decay": None}  # what runs had that began before there was the setting; of others nothing is known
 CHANGEABLE = (*SETTINGS, "data", "template", "tokenizer", "decay", "rows_per_step")
 
 
@@ -55,8 +56,9 @@ def differences(
         yield f"data: {settings.sft_data_dir} holds other data than the run was started with"
     for name in SETTINGS:
         value = getattr(settings, name)
-        if name not in allowed and then.get(name, value) != value:
-            yield f"{name}: the run was started with {then[name]}, not with {value}"
+        was = then.get(name, BEFORE.get(name, value))
+        if name not in allowed and was != value:
+            yield f"{name}: the run was started with {was}, not with {value}"
     if saved.get("rows_per_step", now["rows_per_step"]) != now["rows_per_step"] and "rows_per_step" not in allowed:
         yield f"rows_per_step: a step had {saved['rows_per_step']} rows, and would have {now['rows_per_step']}"
     if saved.get("decay", now["decay"]) != now["decay"] and "decay" not in allowed:

@@ -126,9 +126,10 @@ def remedy(found: Mapping[Recomputing, Estimate], at_hand: int) -> str:
     if fitting:
         return f"set activation_checkpointing={fitting[0]}"
     parts = found["full"].parts
-    kept = sum(parts.get(part, 0) for part in ("parameters", "optimizer moments"))
+    kept = sum(parts.get(part, 0) for part in ("parameters", "optimizer moments", "moving average"))
     if kept > HEADROOM * at_hand:
-        return "its parameters and the optimizer's moments alone are too large; train a smaller model"
+        averaged = "" if "moving average" not in parts else "; or leave out ema_decay"
+        return f"what it keeps between two steps alone is too large; train a smaller model{averaged}"
     return "set activation_checkpointing=full and lower batch_size for more micro-steps, then block_size"
 
 
@@ -158,7 +159,7 @@ class DiskPromise(NamedTuple):
 
 def promised_disk(settings: Any, model: Any, steps: int) -> DiskPromise:
     """The checkpoints of so many steps that the settings ask for."""
-    size = checkpoint_bytes(model, with_moments=settings.save_optimizer)
+    size = checkpoint_bytes(model, with_moments=settings.save_optimizer, with_average=settings.ema_decay is not None)
     every = settings.save_interval or steps
     saves = max(1, math.ceil(steps / max(1, every)))
     kept = min(saves, max(settings.keep_checkpoints or saves, FEWEST_WHILE_TRAINING))
@@ -178,12 +179,13 @@ def disk_lines(settings: Any, model: Any, steps: int) -> Iterator[str]:
         yield f"warning   {gib(promise.needed)} will not fit on that disk: {remedies}"
 
 
-def checkpoint_bytes(model: Any, *, with_moments: bool = True) -> int:
-    """The file of a checkpoint: parameters, and where the optimizer is saved two moments and a count for each."""
+def checkpoint_bytes(model: Any, *, with_moments: bool = True, with_average: bool = False) -> int:
+    """The file of a checkpoint: parameters, their moving average, and of the optimizer two moments and a count each."""
     size, tensors = CHECKPOINT_BYTES, 0
     for parameter in model.parameters():
-        size += parameter.nbytes * (3 if parameter.requires_grad and with_moments else 1)
-        tensors += 4 if parameter.requires_grad and with_moments else 1
+        moments, average = (parameter.requires_grad and saved for saved in (with_moments, with_average))
+        size += parameter.nbytes * (1 + 2 * moments + average)
+        tensors += 1 + 3 * moments + average
     return size + tensors * CHECKPOINT_TENSOR_BYTES
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sft.ema import Weights
 from sft.evaluation import Evaluation
 from sft.progress import Totals
 from sft.run_log import RunLog
@@ -81,9 +82,11 @@ class Journal:
         if self.log:
             self.log.iteration(**record)
 
-    def evaluation(self, iter_num: int, result: Evaluation, *, is_best: bool, seconds: float) -> None:
+    def evaluation(self, iter_num: int, result: Evaluation, *, is_best: bool, weights: Weights, seconds: float) -> None:
+        """`weights`: which ones were evaluated."""
+        of_average = "" if weights == "model" else f"{weights} weights, "
         self.world.print(
-            f"{self._step(iter_num)}  validation loss {result.loss:.4f}  ({result.rows} rows, "
+            f"{self._step(iter_num)}  validation loss {result.loss:.4f}  ({of_average}{result.rows} rows, "
             f"{result.trained_tokens:,} trained tokens, {seconds:.1f} s){'  best so far' if is_best else ''}"
         )
         if self.log:
@@ -94,12 +97,15 @@ class Journal:
                 rows=result.rows,
                 seconds=seconds,
                 is_best=is_best,
+                weights=weights,
             )
 
-    def checkpoint(self, iter_num: int, path: Path, *, is_best: bool) -> None:
+    def checkpoint(self, iter_num: int, path: Path, *, best_by: Weights | None) -> None:
+        """`best_by`: which weights had the best evaluation so far; None = it is not the best."""
         self.world.print(f"{self._step(iter_num)}  saved {path}")
         if self.log:
-            self.log.checkpoint(iter=iter_num, path=path, is_best=is_best)
+            is_best = best_by is not None
+            self.log.checkpoint(iter=iter_num, path=path, is_best=is_best, **({"best_by": best_by} if is_best else {}))
 
     def checkpoint_failed(self, iter_num: int, problem: str) -> None:
         """The run goes on all the same; older checkpoints are as they were."""

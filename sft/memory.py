@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sft.batches import Batch, TrainLoader
+from sft.ema import MovingAverage
 from sft.kernels import linear_cross_entropy
 from sft.kernels.products import accumulation_dtype
 from sft.loss import Loss
@@ -32,7 +33,16 @@ from sft.recompute import LEAST_FIRST, ActivationCheckpointing, Recomputing
 from sft.step import SummedLoss, train_step
 from sft.world import World
 
-Part = Literal["parameters", "gradients", "optimizer moments", "activations", "head and loss", "temporaries", "program"]
+Part = Literal[
+    "parameters",
+    "gradients",
+    "optimizer moments",
+    "moving average",
+    "activations",
+    "head and loss",
+    "temporaries",
+    "program",
+]
 FUSED_HEAD = "sft::masked_linear_cross_entropy"
 # Beside tensors: buffers of MKL and oneDNN and the code pages that a first step touches, 148 to 164 MB on an x86 Linux;
 # cuBLAS and cuBLASLt take their workspace from PyTorch's own allocator.
@@ -50,10 +60,17 @@ class Workload:
     autocast_dtype: torch.dtype | None
     micro_steps: int
     world: World
+    ema_decay: float | None = None  # a moving average of the weights is kept
 
 
 def workload(
-    model: Any, loader: TrainLoader, *, loss: Loss, autocast_dtype: torch.dtype | None, world: World
+    model: Any,
+    loader: TrainLoader,
+    *,
+    loss: Loss,
+    autocast_dtype: torch.dtype | None,
+    world: World,
+    ema_decay: float | None = None,
 ) -> Workload:
     """The work of a run's first step, of whose micro-batches the first stands for all."""
     return Workload(
@@ -63,6 +80,7 @@ def workload(
         autocast_dtype=autocast_dtype,
         micro_steps=loader.micro_steps,
         world=world,
+        ema_decay=ema_decay,
     )
 
 
@@ -113,6 +131,8 @@ def _play(work: Workload, recomputing: Recomputing) -> Ledger:
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        with ledger.making("moving average"):  # held until the step is over
+            average = None if work.ema_decay is None else MovingAverage(model, work.ema_decay)
         if work.world.size > 1:  # gradients are views of buckets, which stay
             with ledger.making("gradients"):
                 for parameter in model.parameters():
@@ -122,7 +142,7 @@ def _play(work: Workload, recomputing: Recomputing) -> Ledger:
                 parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
         ledger.forget_peak()
         loss = SummedLoss(model, autocast_dtype=work.autocast_dtype, loss=work.loss)
-        train_step(
+        result = train_step(
             _Noting(loss, ledger),
             optimizer,
             [work.batch] * min(2, work.micro_steps),
@@ -131,6 +151,8 @@ def _play(work: Workload, recomputing: Recomputing) -> Ledger:
             grad_clip=1.0,
             world=World(rank=0, size=1, device=device),
         )
+        if average is not None:
+            average.update(result.judgement.skips)
     return ledger
 
 

@@ -16,12 +16,14 @@ from torch.nn import Parameter
 
 from sft import huggingface
 from sft.checkpoint import read_checkpoint
+from sft.ema import Weights
 from sft.errors import UserError, listed
 from sft.huggingface import NameTable, Piece, StoredTensor
 
 FLOATS = tuple(huggingface.FLOATS.values())
 WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
 DERIVED_BUFFERS = re.compile(r"\.attn\.(rope\..+|bias)$")  # rotary tables and causal masks that others save
+NO_AVERAGE = "holds no moving average of its weights (ema), since it was not trained with ema_decay; use its weights"
 FOREIGN_FIELDS = ("attention_backend", "ffn_expansion_ratio")  # how to compute, and what d_ff already says
 
 
@@ -98,12 +100,15 @@ class Pretrained:
             print(f"{self.path}: {note} (Transformers does the same)", file=sys.stderr)
 
 
-def open_pretrained(path: Path, *, verify: bool = True) -> Pretrained:
+def open_pretrained(path: Path, *, verify: bool = True, weights: Weights = "model") -> Pretrained:
     """A Hugging Face folder, a checkpoint file, or a folder with a ckpt.pt. Raises UserError for anything else.
 
-    `verify` compares the checksums of a checkpoint, as read_checkpoint does.
+    `verify` compares the checksums of a checkpoint, as read_checkpoint does. `weights`: of a checkpoint that holds a
+    moving average beside them, which ones.
     """
     if is_hugging_face_folder(path):
+        if weights == "ema":
+            raise UserError(f"{path}: {NO_AVERAGE}")
         config = huggingface.read_config(path)
         try:
             fields = huggingface.architecture_fields(config)
@@ -112,7 +117,7 @@ def open_pretrained(path: Path, *, verify: bool = True) -> Pretrained:
         tensors = huggingface.stored_tensors(path)
         _refuse_too_many_layers(path, fields, tensors)
         return Pretrained(path, fields, tensors, huggingface.name_table(fields))
-    return _open_checkpoint(checkpoint_file(path), verify=verify)
+    return _open_checkpoint(checkpoint_file(path), verify=verify, weights=weights)
 
 
 def is_hugging_face_folder(path: Path) -> bool:
@@ -128,11 +133,15 @@ def checkpoint_file(path: Path) -> Path:
     return path / "ckpt.pt"
 
 
-def _open_checkpoint(path: Path, *, verify: bool) -> Pretrained:
+def _open_checkpoint(path: Path, *, verify: bool, weights: Weights) -> Pretrained:
     content = read_checkpoint(path, verify=verify)
     state, fields = content.get("model"), content.get("model_args")
     if not isinstance(state, dict) or not isinstance(fields, dict):
         raise UserError(f"{path}: is no model checkpoint, since it lacks 'model' or 'model_args'")
+    if weights == "ema":
+        if not isinstance(content.get("ema"), dict):
+            raise UserError(f"{path}: {NO_AVERAGE}")
+        state = {**state, **content["ema"]}  # what is frozen has no average
     # Files that do not say how rotary pairs lie come from a project that only knew interleaved ones.
     fields = {"rope_layout": "interleaved", **fields}
     fields = {name: value for name, value in fields.items() if name not in FOREIGN_FIELDS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from sft.batches import StepBatch, TrainLoader
 from sft.checkpoint import name_again, save_checkpoint
 from sft.collector import QuietCollector
+from sft.ema import MovingAverage, Weights
 from sft.errors import EXIT_DIVERGED, EXIT_FAILED, Preempted, UserError
 from sft.evaluation import Validation
 from sft.heartbeat import heart
@@ -50,10 +52,12 @@ class Run:
         constants: Mapping[str, Any],
         wrap: Callable[[nn.Module], nn.Module],
         watch: StepWatch,
+        ema: MovingAverage | None = None,
         asked_to_stop: Callable[[], bool] = lambda: False,
         trace: StepTrace | None = None,
     ):
         """`constants` go into every checkpoint as they are: what the run was made of. `trace` is to be made of it.
+        `ema` takes every step into its average, which is then what evaluations look at.
 
         `wrap` makes of the loss of this rank one whose gradients are averaged over all ranks. `asked_to_stop` tells
         whether this rank was: all obey at the end of a step.
@@ -68,6 +72,8 @@ class Run:
         self.progress = Progress(world)
         self.collector = QuietCollector()
         self.watch, self.asked_to_stop, self.trace = watch, asked_to_stop, trace
+        self.ema = ema
+        self.eval_weights: Weights = "model" if ema is None else "ema"
         self.ahead: Ahead[StepBatch] | None = None
         self.learning_rate = 0.0  # of the last update
         self.grad_norm = torch.zeros(())  # of the last update, on the device
@@ -119,6 +125,8 @@ class Run:
             judge=self.watch.judge,
             asked_to_stop=self.asked_to_stop,
         )
+        if self.ema is not None:
+            self.ema.update(result.judgement.skips)
         self.progress.add_step(result.loss_sum, first.target_weight, result.judgement.skips)
         self.learning_rate, self.grad_norm = learning_rate, result.grad_norm
         self.iter_num += 1
@@ -166,7 +174,7 @@ class Run:
         if not self.validation.rows:
             return False
         started = time.perf_counter()
-        with phase("evaluation"):
+        with phase("evaluation"), self.ema.in_place() if self.ema else contextlib.nullcontext():
             result = self.validation.evaluate(self.local_loss, self.world, asked_to_stop=self.asked_to_stop)
         if result is None:
             self.owes_evaluation = self.watch.stops = True
@@ -174,7 +182,8 @@ class Run:
         self.val_loss = result.loss
         is_better = self.best_val_loss is None or result.loss < self.best_val_loss
         is_best = self.iter_num > 0 and math.isfinite(result.loss) and is_better
-        self.journal.evaluation(self.iter_num, result, is_best=is_best, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.journal.evaluation(self.iter_num, result, is_best=is_best, weights=self.eval_weights, seconds=seconds)
         self.collector.collect()
         return is_best
 
@@ -190,7 +199,7 @@ class Run:
             path, problem = self.world.on_main(lambda: self._write_checkpoint(is_best))
         self.owes_saving = path is None
         if path is not None:
-            self.journal.checkpoint(self.iter_num, path, is_best=is_best)
+            self.journal.checkpoint(self.iter_num, path, best_by=self.eval_weights if is_best else None)
         else:
             self.best_val_loss = best_before  # the best of what is on the disk: a later one shall have the name
             self.journal.checkpoint_failed(self.iter_num, problem)
@@ -202,7 +211,8 @@ class Run:
 
     def _write_checkpoint(self, is_best: bool) -> tuple[Path | None, str]:
         """The path, or None and why there is none."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+        averages = self.ema.state() if self.ema else {}
+        if not all(bool(torch.isfinite(each).all()) for each in (*self.model.parameters(), *averages.values())):
             raise UserError(
                 f"the weights are not finite after step {self.iter_num}, and nothing was saved; go on from the last "
                 "checkpoint with a lower learning_rate (--allow_change=learning_rate)",
@@ -211,6 +221,7 @@ class Run:
         content = {
             **self.constants,
             "model": self.model.state_dict(),
+            **({"ema": averages} if self.ema else {}),
             **({"optimizer": self.optimizer.state_dict()} if self.save_optimizer else {}),
             "iter_num": self.iter_num,
             "rows_seen": self.rows_seen,
@@ -220,6 +231,7 @@ class Run:
             "val_loss": self.val_loss,
             "best_val_loss": self.best_val_loss,
             "is_best": is_best,
+            "eval_weights": self.eval_weights,
             "progress": self.progress.state(),
             "watch": self.watch.state(),
         }
@@ -242,6 +254,8 @@ class Run:
         `saved` is empty afterwards: while its tensors are mapped the file takes room on the disk, deleted or not.
         """
         restore_optimizer(self.optimizer, saved["optimizer"])
+        if self.ema is not None and "ema" in saved:  # else it was asked for after the save, and begins here
+            self.ema.load_state(saved["ema"])
         self.iter_num = saved["iter_num"]
         self.rows_seen = saved["rows_seen"]
         if "order" in saved:  # older checkpoints do not tell

@@ -101,7 +101,7 @@ def test_the_size_of_a_checkpoint_is_within_one_percent(arguments, tmp_path, cap
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, 2), (3, 3), (9, 4), (None, 4)])
 def test_two_checkpoints_are_promised_even_where_one_is_asked_for(keep, kept):
-    options = {"save_optimizer": True, "save_interval": 1, "eval_interval": None, "out_dir": "out"}
+    options = {"save_optimizer": True, "save_interval": 1, "eval_interval": None, "out_dir": "out", "ema_decay": None}
     settings = SimpleNamespace(**options, keep_checkpoints=keep)
     assert dry_run.promised_disk(settings, torch.nn.Linear(2, 2), steps=4).kept == kept
 
