@@ -39,6 +39,7 @@ LOWEST = {
     ),
     *("duplicates", "workers", "preparation", "tally", "joining", "audit", "ledger", "packing", "arrays"),
     *("untrusted", "npy_header", "meta_shape", "safetensors_header", "interruption"),
+    *("export_config", "export_folder", "export_readme", "export_tokenizer"),
     *("files", "seal", "prepared_writer", "data_summary", "data_report", "sample_view", "sample_choice", "page"),
 }
 HIGHEST = {
@@ -56,6 +57,7 @@ HIGHEST = {
     "out_of_memory",
     "dry_run",
     "calibration",
+    "export_proof",
 }
 LIBRARIES_OF_THE_LOWEST = {"numpy", "tokenizers", "tiktoken", "tqdm", "pyarrow", "datasketch"}
 
