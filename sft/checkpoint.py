@@ -120,7 +120,7 @@ def save_checkpoint(
     """
     folder = Path(folder)
     path = folder / f"ckpt_{iter_num:06d}.pt"
-    write_whole(path, lambda file: _write(content, file))
+    write_checkpoint(path, content)
     link_whole(path, folder / NEWEST)
     if best:
         link_whole(path, folder / BEST)
@@ -131,6 +131,11 @@ def save_checkpoint(
             with contextlib.suppress(OSError):  # the next save tries again
                 os.unlink(old)
     return path
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write one checkpoint file, whole and sealed, or nothing: OSError."""
+    write_whole(path, lambda file: _write(content, file))
 
 
 def name_again(folder: str | os.PathLike[str], *, iter_num: int, best: bool) -> None:

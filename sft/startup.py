@@ -140,8 +140,10 @@ def read_saved_state(path: Path) -> dict[str, Any]:
     """The checkpoint to resume from, which newest_checkpoint has verified; UserError where it lacks what that needs."""
     saved = read_checkpoint(path, verify=False)
     if missing := [key for key in NEEDED_TO_RESUME if key not in saved]:
+        kind = "an average of checkpoints, which " if "averaged" in saved else ""
         raise UserError(
-            f"{path}: has no {', '.join(missing)}, so it cannot be resumed; start from it with --checkpoint_path={path}"
+            f"{path}: {kind}has no {', '.join(missing)}, so it cannot be resumed; start from it with "
+            f"--checkpoint_path={path}"
         )
     if odd := [key for key in ("optimizer", "config", "progress") if not isinstance(saved[key], dict)]:
         raise UserError(f"{path}: its {', '.join(odd)} cannot be understood; use an earlier checkpoint")

@@ -47,6 +47,20 @@ def test_one_prompt_gets_one_answer_that_stops_by_itself(run: Path, capsys: pyte
         assert capsys.readouterr().out == f"{FIRST}\n"
 
 
+def test_the_weights_that_evaluations_saw_answer_unless_others_are_asked_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copy(run / "tokenizer.json", tmp_path)
+    content = torch.load(run / "ckpt.pt", weights_only=True)
+    drawn = tiny_model(vocab_size=content["model_args"]["vocab_size"], block_size=128).state_dict()
+    torch.save({**content, "model": drawn, "ema": content["model"], "eval_weights": "ema"}, tmp_path / "ckpt.pt")
+    answers = []
+    for choice in ([], ["--weights=ema"], ["--weights=model"]):
+        chat.main([str(tmp_path), "--prompt=hi", "--temperature=none", "--max_new_tokens=20", *choice])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] == f"{FIRST}\n" != answers[2]
+
+
 def test_a_dialogue_remembers_and_ends_with_the_input(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -16,6 +16,7 @@ from sft.chatml import prompt_ids
 from sft.checkpoint import read_checkpoint
 from sft.config import load_settings
 from sft.conversation import BadRecord, Message, text_of
+from sft.ema import Weights
 from sft.errors import UserError, run_program
 from sft.generate import stream
 from sft.pretrained import checkpoint_file, is_hugging_face_folder
@@ -31,6 +32,7 @@ class ChatSettings:
     system: str | None = None  # what a system message tells the model first
     tokenizer: str | None = None  # tokenizer.json, *.tiktoken or their folder; None = beside the checkpoint
     thinking: bool = False  # let a model trained with --template=qwen3 reason before it answers
+    weights: Weights | None = None  # of a run with ema_decay: model or ema; None = what its evaluations saw, ema
     temperature: float | None = 0.7  # below 1 keeps to likelier tokens; None = always the likeliest
     top_k: int | None = None  # draw among the k likeliest tokens
     top_p: float | None = 0.95  # draw among the likeliest tokens that together reach this probability
@@ -82,16 +84,17 @@ def main(argv: list[str]) -> None:
 
 def load_model_and_tokenizer(path: Path, settings: ChatSettings) -> tuple[ConfigurableGPT, Tokenizer]:
     """The model of a checkpoint and the tokenizer it was trained with; UserError where they do not belong together."""
-    trained_with = None  # a Hugging Face folder does not say
+    trained_with, evaluated = None, None  # a Hugging Face folder does not say
     if not is_hugging_face_folder(path):
         content = read_checkpoint(checkpoint_file(path), verify=False)  # load_pretrained will
-        trained_with = content.get("tokenizer_fingerprint")
+        trained_with, evaluated = content.get("tokenizer_fingerprint"), content.get("eval_weights")
     tokenizer = load_tokenizer(settings.tokenizer or (path if path.is_dir() else path.parent))
     if trained_with not in (None, tokenizer.fingerprint):
         raise UserError(f"{tokenizer.path}: not the tokenizer that {path} was trained with; see --tokenizer=")
     device = usable_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    model = load_pretrained(path, device=device, dtype=getattr(torch, dtype))
+    weights = settings.weights or ("ema" if evaluated == "ema" else "model")
+    model = load_pretrained(path, device=device, dtype=getattr(torch, dtype), weights=weights)
     if tokenizer.vocab_size > model.vocab_size:
         sizes = f"{tokenizer.vocab_size:,} ids, the model {model.vocab_size:,}"
         raise UserError(f"{tokenizer.path}: not this model's tokenizer: it has {sizes}")
