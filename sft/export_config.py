@@ -12,7 +12,7 @@ from sft.errors import listed
 Fields = Mapping[str, Any]
 
 BIASES = ("qkv_bias", "attention_output_bias", "ffn_bias")
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "relu": "relu", "leaky_relu": "leaky_relu"}
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "relu": "relu"}
 
 
 def complete(fields: Fields, *, key_heads: int, head_size: int, ffn_width: int) -> dict[str, Any]:
@@ -179,6 +179,8 @@ def _gpt2(fields: Fields) -> Iterator[str]:
         yield f"norms are layernorm, not {fields['normalization']}"
     if fields["ffn_type"] != "standard":
         yield f"the feed-forward part is standard, not {fields['ffn_type']}"
+    elif fields["activation"] not in ACTIVATIONS:
+        yield f"the activation is one of {', '.join(ACTIVATIONS)}, not {fields['activation']}"
     if fields["position_encoding"] != "learned_absolute":
         yield f"positions are learned, not {fields['position_encoding']}"
     if fields["num_key_value_heads"] != fields["n_head"]:
@@ -293,7 +295,8 @@ FAMILIES = (
 
 def meaning(fields: Fields) -> dict[str, Any]:
     """Of complete fields what decides the result, in one form for all that compute the same."""
-    told = {name: value for name, value in fields.items() if not name.endswith("dropout") and name != "bias"}
+    trained_with = ("bias", "dropout", "attention_dropout", "residual_dropout", "router_aux_loss_coef")
+    told = {name: value for name, value in fields.items() if name not in trained_with}
     told["sliding_layers"] = windows(fields)
     told["sliding_window"] = fields["sliding_window"] if windows(fields) else None
     if fields["ffn_type"] == "swiglu":

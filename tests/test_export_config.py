@@ -96,6 +96,10 @@ def test_what_no_family_computes_is_refused_with_all_reasons_and_the_nearest_fir
         ({"ffn_bias": True}, "Qwen3: has no biases or biases of q, k, v and attention output, and the model biases of"),
         ({**GPT2, "num_key_value_heads": 2}, "GPT-2: each query head has a key head of its own"),
         ({**GPT2, "head_dim": 16}, "GPT-2: head_dim must be n_embd / n_head = 8, not 16"),
+        (
+            {**GPT2, "activation": "leaky_relu"},
+            "GPT-2: the activation is one of gelu, gelu_tanh, silu, relu, not leaky",
+        ),
         ({**EXPERTS, "qk_norm": False}, "Qwen3-MoE: has a norm of queries and keys"),
         ({**EXPERTS, "sliding_window": 9, "sliding_layers": (1,)}, "Qwen3-MoE: all blocks have the sliding window"),
     ],
