@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -15,12 +14,14 @@ from torch import Tensor, nn
 
 from model_config import ModelArchitectureConfig, parameter_count
 from sft import recompute
-from sft.attention import BackEnd, Documents, KeyValueCache, causal_attention
+from sft.attention import BackEnd, Documents, KeyValueCache, causal_attention, under_window
 from sft.ema import Weights
 from sft.errors import UserError
+from sft.experts import MixtureOfExperts, Routing
+from sft.feed_forward import build_feed_forward
 from sft.linear import Linear
 from sft.pretrained import open_pretrained
-from sft.rms_norm import rms_norm
+from sft.rms_norm import RMSNorm
 from sft.rotary import Rotary, rotary_tables, rotate
 
 # Shapes: B rows, T tokens, V vocabulary, D width, H query heads, G key heads, C head size.
@@ -40,7 +41,7 @@ class ConfigurableGPT(nn.Module):
             self.token_embeddings = nn.Embedding(config.vocab_size, config.n_embd)
             self.pos_encoding = LearnedPositions(config) if config.position_encoding == "learned_absolute" else None
             self.embedding_dropout = nn.Dropout(config.dropout)
-            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.blocks = nn.ModuleList(Block(config, place) for place in range(config.n_layer))
             self.final_norm = build_norm(config)
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.config = config
@@ -62,33 +63,41 @@ class ConfigurableGPT(nn.Module):
         documents: Documents | None = None,
         cache: Sequence[KeyValueCache] | None = None,
         places: Tensor | None = None,
+        routings: list[Routing] | None = None,
     ) -> Tensor:
         """What the head reads, (B, T, D), after the final norm.
 
         positions (B, T) count from 0 in each document, which is also what None means. With a cache, one entry per
         block, ids are the newest tokens of rows whose earlier ones it holds; documents then covers those too. With
         places (n,) in the flattened rows, of which some may be named twice, the result is (n, D), theirs alone: the
-        last block has no other use for its output projection and its feed-forward part.
+        last block has no other use for its output projection and its feed-forward part. To `routings` is added how
+        each mixture of experts has spread the tokens, where the list is given all of them.
         """
-        if documents is not None:
-            dropout = self.config.attention_dropout_rate if self.training else 0.0
-            documents.prepare(self.attention, dropout=dropout, compiled=self.compiled)
         if positions is None:
             positions = documents.positions if documents is not None else self._counted(ids, cache)
+        windowed = under_window(documents, ids, self.config.sliding_window, past=cache[0].length if cache else 0)
+        for each in (documents, windowed):
+            if each is not None:
+                dropout = self.config.attention_dropout_rate if self.training else 0.0
+                each.prepare(self.attention, dropout=dropout, compiled=self.compiled)
         x = self.token_embeddings(ids)
         if self.pos_encoding is not None:
             x = x + self.pos_encoding(positions)
         x = self.embedding_dropout(x)
         rotary = None
         if self.config.position_encoding == "rope":
-            rotary = rotary_tables(positions, head_size=self.config.head_size, theta=self.config.rope_theta)
+            size, theta, scaling = self.config.head_size, self.config.rope_theta, self.config.rope_scaling
+            rotary = rotary_tables(positions, head_size=size, theta=theta, scaling=scaling)
         recomputing = self.activation_checkpointing if self.training else "none"
         last = len(self.blocks) - 1
         if self.compiled and places is not None:
             torch._dynamo.maybe_mark_dynamic(places, 0)  # the number of trained tokens differs from batch to batch
         for i, block in enumerate(self.blocks):
             past = None if cache is None else cache[i]
-            x = block(x, rotary, documents, past, places if i == last else None, recomputing)
+            seen = documents if self.config.window_of(i) is None else windowed
+            x, routing = block(x, rotary, seen, past, places if i == last else None, recomputing, routings is not None)
+            if routings is not None and routing is not None:
+                routings.append(routing)
         return self.final_norm(x)
 
     @property
@@ -169,7 +178,7 @@ class ConfigurableGPT(nn.Module):
                 parameter.zero_()
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)
-            elif name.endswith(("c_proj.weight", "w_out.weight", "fc2.weight")):
+            elif name.endswith(("c_proj.weight", "w_out.weight", "fc2.weight", "w_out")):
                 parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
             else:
                 parameter.normal_(0.0, 0.02)
@@ -210,13 +219,13 @@ def load_pretrained(
 class Block(nn.Module):
     """Attention, then the feed-forward part, each added to the stream before (post) or after (pre) its norm."""
 
-    def __init__(self, config: ModelArchitectureConfig):
+    def __init__(self, config: ModelArchitectureConfig, place: int):
         super().__init__()
         self.norm_first = config.norm_position == "pre"
         self.norm1 = build_norm(config)
         self.attn = Attention(config)
         self.norm2 = build_norm(config)
-        self.ffn = GatedFeedForward(config) if config.ffn_type == "swiglu" else FeedForward(config)
+        self.ffn = build_ffn(config, place)
         self.residual_dropout = nn.Dropout(config.residual_dropout_rate)
 
     def forward(
@@ -227,9 +236,12 @@ class Block(nn.Module):
         cache: KeyValueCache | None,
         places: Tensor | None = None,
         recomputing: recompute.Recomputing = "none",
-    ) -> Tensor:
+        counted: bool = False,
+    ) -> tuple[Tensor, Routing | None]:
+        """The stream after it, and how its experts, if any, were chosen: by all tokens where they are `counted`."""
         draws = self.residual_dropout.p > 0 or self.attn.dropout > 0
-        return recompute.run(self._compute, x, rotary, documents, cache, places, recomputing=recomputing, draws=draws)
+        inputs = x, rotary, documents, cache, places, counted
+        return recompute.run(self._compute, *inputs, recomputing=recomputing, draws=draws)
 
     def _compute(
         self,
@@ -238,13 +250,27 @@ class Block(nn.Module):
         documents: Documents | None,
         cache: KeyValueCache | None,
         places: Tensor | None,
-    ) -> Tensor:
+        counted: bool,
+    ) -> tuple[Tensor, Routing | None]:
+        later = real = None
+        if isinstance(self.ffn, MixtureOfExperts):
+            real = None if documents is None else documents.real
+            if counted:  # the router has to see all tokens
+                places, later = None, places
         seen = self.attn(self.norm1(x) if self.norm_first else x, rotary, documents, cache, places)
         x = chosen(x, places) + self.residual_dropout(seen)
-        if self.norm_first:
-            return x + self.residual_dropout(self.ffn(self.norm2(x)))
-        x = self.norm1(x)
-        return self.norm2(x + self.residual_dropout(self.ffn(x)))
+        if not self.norm_first:
+            x = self.norm1(x)
+        computed, routing = self._feed_forward(
+            self.norm2(x) if self.norm_first else x, None if real is None else chosen(real, places)
+        )
+        x = x + self.residual_dropout(computed)
+        return chosen(x if self.norm_first else self.norm2(x), later), routing
+
+    def _feed_forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Routing | None]:
+        if isinstance(self.ffn, MixtureOfExperts):
+            return self.ffn(x, real)
+        return self.ffn(x), None
 
 
 class Attention(nn.Module):
@@ -259,11 +285,11 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout_rate
         self.back_end: BackEnd = "sdpa"
         if self.grouped:
-            self.c_q = Linear(D, H * C, bias=config.bias)
-            self.c_kv = Linear(D, 2 * G * C, bias=config.bias)  # rows: keys, values
+            self.c_q = Linear(D, H * C, bias=config.has_qkv_bias)
+            self.c_kv = Linear(D, 2 * G * C, bias=config.has_qkv_bias)  # rows: keys, values
         else:
-            self.c_attn = Linear(D, 3 * H * C, bias=config.bias)  # rows: queries, keys, values
-        self.c_proj = Linear(H * C, D, bias=config.bias)
+            self.c_attn = Linear(D, 3 * H * C, bias=config.has_qkv_bias)  # rows: queries, keys, values
+        self.c_proj = Linear(H * C, D, bias=config.has_attention_output_bias)
         self.q_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(C, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -293,41 +319,6 @@ class Attention(nn.Module):
         return self.c_proj(chosen(mixed.transpose(1, 2).reshape(B, T, self.query_rows), places))
 
 
-class GatedFeedForward(nn.Module):
-    """SwiGLU: one half decides, through SiLU, how much of the other passes."""
-
-    def __init__(self, config: ModelArchitectureConfig):
-        super().__init__()
-        self.w_gate = Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.w_value = Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.w_out = Linear(config.ffn_width, config.n_embd, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w_out(F.silu(self.w_gate(x)) * self.w_value(x))
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-}
-
-
-class FeedForward(nn.Module):
-    """Two layers with an activation between them."""
-
-    def __init__(self, config: ModelArchitectureConfig):
-        super().__init__()
-        self.fc1 = Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.fc2 = Linear(config.ffn_width, config.n_embd, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 class LearnedPositions(nn.Module):
     """A trained vector for each position of a document."""
 
@@ -339,21 +330,24 @@ class LearnedPositions(nn.Module):
         return self.wpe(positions)
 
 
-class RMSNorm(nn.Module):
-    """x over its root mean square, in at least fp32, times a trained weight."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
 def chosen(x: Tensor, places: Tensor | None) -> Tensor:
-    """x (B, T, D) at some places of its flattened rows, (n, D); all of x where places is None."""
+    """x (B, T, ...) at some places of its flattened rows, (n, ...); all of x where places is None."""
     return x if places is None else x.flatten(0, 1).index_select(0, places)
+
+
+def build_ffn(config: ModelArchitectureConfig, place: int) -> nn.Module:
+    """The feed-forward part of a block, counted from 0, that the config names."""
+    if not config.has_experts(place):
+        return build_feed_forward(
+            config.n_embd,
+            config.ffn_width,
+            activation=None if config.ffn_type == "swiglu" else config.activation,
+            bias=config.has_ffn_bias,
+        )
+    experts, per_token, width = config.expert_sizes
+    return MixtureOfExperts(
+        config.n_embd, experts=experts, chosen=per_token, inner_width=width, normalized=config.norm_topk_prob
+    )
 
 
 def build_norm(config: ModelArchitectureConfig) -> nn.Module:

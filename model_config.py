@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sft.errors import UserError, listed
+from sft.rotary import scaling_problems
 from sft.settings_types import accepts, type_name
 
 MOST_PARAMETERS = 10**12  # beyond what any device holds, and long before tensor sizes overflow
@@ -40,8 +41,22 @@ class ModelArchitectureConfig:
     position_encoding: Literal["rope", "learned_absolute", "none"] = "rope"
     rope_theta: float = 10000.0  # base of the rotary wavelengths
     rope_layout: Literal["half", "interleaved"] = "half"  # pairs that turn together: (i, i + C/2) or (2i, 2i + 1)
+    num_experts: int | None = (
+        None  # feed-forward parts of a block to choose from, all swiglu; None = one for all tokens
+    )
+    num_experts_per_tok: int | None = None  # so many of them compute each token
+    expert_d_ff: int | None = None  # inner width of an expert
+    norm_topk_prob: bool = False  # the weights of a token's experts are divided by their sum
+    dense_layers: tuple[int, ...] = ()  # blocks with one feed-forward part all the same, counted from 0
+    router_aux_loss_coef: float = 0.0  # weight of the load-balancing loss, where training does not say another
     qk_norm: bool = False  # RMS norm of each query and key head, before the rotation
+    rope_scaling: dict[str, Any] | None = None  # how wavelengths are stretched, as config.json says it: sft/rotary.py
+    sliding_window: int | None = None  # tokens that a token sees, itself included; None = all before it
+    sliding_layers: tuple[int, ...] | None = None  # the blocks that have the window, counted from 0; None = all
     bias: bool = False  # in the linear layers of the blocks; the head never has one
+    qkv_bias: bool | None = None  # in the projections of queries, keys and values; None = bias
+    attention_output_bias: bool | None = None  # in the output projection of attention; None = bias
+    ffn_bias: bool | None = None  # in the feed-forward part; None = bias
     weight_tying: bool = False  # the head is the embedding
     dropout: float = 0.0  # of the embeddings, and wherever the next two are None
     attention_dropout: float | None = None  # of the attention probabilities
@@ -58,7 +73,8 @@ class ModelArchitectureConfig:
         """The architecture that a plain dict describes; UserError names every unknown, missing or bad field."""
         if problems := _problems(values):
             raise listed("the architecture cannot be built:", problems)
-        return cls(**values)
+        plain: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**plain)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that from_dict turns back into an equal architecture."""
@@ -80,6 +96,34 @@ class ModelArchitectureConfig:
         if self.d_ff is not None:
             return self.d_ff
         return 8 * self.n_embd // 3 if self.ffn_type == "swiglu" else 4 * self.n_embd
+
+    def has_experts(self, block: int) -> bool:
+        """Whether a block, counted from 0, is a mixture of experts."""
+        return self.num_experts is not None and block not in self.dense_layers
+
+    @property
+    def expert_sizes(self) -> tuple[int, int, int]:
+        """How many experts there are, how many of them a token has, and their inner width."""
+        assert self.num_experts is not None
+        assert self.num_experts_per_tok is not None
+        assert self.expert_d_ff is not None
+        return self.num_experts, self.num_experts_per_tok, self.expert_d_ff
+
+    def window_of(self, block: int) -> int | None:
+        """The sliding window of a block, counted from 0."""
+        return self.sliding_window if self.sliding_layers is None or block in self.sliding_layers else None
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_attention_output_bias(self) -> bool:
+        return self.bias if self.attention_output_bias is None else self.attention_output_bias
+
+    @property
+    def has_ffn_bias(self) -> bool:
+        return self.bias if self.ffn_bias is None else self.ffn_bias
 
     @property
     def attention_dropout_rate(self) -> float:
@@ -105,41 +149,62 @@ def architecture_problems(model: str | Mapping[str, Any]) -> Iterator[str]:
 
 
 def parameter_count(config: ModelArchitectureConfig) -> int:
-    """The exact number of trained values; a tied head counts once."""
-    D, C, F = config.n_embd, config.head_size, config.ffn_width
+    """The exact number of trained values, those of all experts; a tied head counts once."""
+    D, C = config.n_embd, config.head_size
     query_rows, key_rows = config.n_head * C, config.key_heads * C
     norm = {"layernorm": 2 * D, "layernorm_nobias": D, "rmsnorm": D}[config.normalization]
-    attention_biases = query_rows + 2 * key_rows + D
-    ffn_biases = (2 * F if config.ffn_type == "swiglu" else F) + D
-    block = _block_matrix_values(config) + 2 * norm
-    block += 2 * C if config.qk_norm else 0
-    block += attention_biases + ffn_biases if config.bias else 0
+    attention = _attention_matrix_values(config) + (2 * C if config.qk_norm else 0)
+    attention += query_rows + 2 * key_rows if config.has_qkv_bias else 0
+    attention += D if config.has_attention_output_bias else 0
+    ffn = sum(count * _ffn_values(config, experts) for experts, count in _kinds_of_blocks(config) if count)
     tables = config.vocab_size * D * (1 if config.weight_tying else 2)
     tables += config.block_size * D if config.position_encoding == "learned_absolute" else 0
-    return tables + config.n_layer * block + norm
+    return tables + config.n_layer * (attention + 2 * norm) + ffn + norm
 
 
 def forward_flops(config: ModelArchitectureConfig, *, tokens: int, attended_pairs: int, trained_tokens: int) -> int:
     """Floating-point operations of one forward: two for each multiply-add of each matrix product, nothing else.
 
     attended_pairs is the number of (query, key) pairs that the mask lets through, the sum of L(L+1)/2 over documents
-    of L tokens; the head, and what the last block does after its attention, run on trained_tokens only. A backward
-    costs twice as much again.
+    of L tokens (what a sliding window leaves out is counted, too); the head, and what the last block does after its
+    attention, run on trained_tokens only. Of experts, those that are chosen count. A backward costs twice as much.
     """
-    after_attention = config.n_head * config.head_size * config.n_embd + _ffn_matrix_values(config)
-    blocks = config.n_layer * _block_matrix_values(config) * tokens - after_attention * (tokens - trained_tokens)
+    last = config.n_layer - 1
+    output = config.n_head * config.head_size * config.n_embd
+    after_attention = output + _ffn_matrix_values(config, config.has_experts(last))
+    matrices = config.n_layer * _attention_matrix_values(config)
+    matrices += sum(count * _ffn_matrix_values(config, experts) for experts, count in _kinds_of_blocks(config) if count)
+    blocks = matrices * tokens - after_attention * (tokens - trained_tokens)
     attention = config.n_layer * 2 * config.n_head * config.head_size * attended_pairs  # scores, then mixed values
     head = config.vocab_size * config.n_embd * trained_tokens
     return 2 * (blocks + attention + head)
 
 
-def _block_matrix_values(config: ModelArchitectureConfig) -> int:
-    """The entries of all weight matrices of one block."""
-    attention = (2 * config.n_head + 2 * config.key_heads) * config.head_size * config.n_embd  # q, output; k, v
-    return attention + _ffn_matrix_values(config)
+def _kinds_of_blocks(config: ModelArchitectureConfig) -> tuple[tuple[bool, int], tuple[bool, int]]:
+    """How many blocks have experts, and how many have not."""
+    with_experts = 0 if config.num_experts is None else config.n_layer - len(set(config.dense_layers))
+    return (True, with_experts), (False, config.n_layer - with_experts)
 
 
-def _ffn_matrix_values(config: ModelArchitectureConfig) -> int:
+def _attention_matrix_values(config: ModelArchitectureConfig) -> int:
+    """The entries of the four projections of one block."""
+    return (2 * config.n_head + 2 * config.key_heads) * config.head_size * config.n_embd  # q, output; k, v
+
+
+def _ffn_values(config: ModelArchitectureConfig, has_experts: bool) -> int:
+    """The trained values of a block's feed-forward part, or of its router and all of its experts."""
+    if has_experts:
+        experts, _, width = config.expert_sizes
+        return experts * (config.n_embd + 3 * width * config.n_embd)
+    biases = (2 * config.ffn_width if config.ffn_type == "swiglu" else config.ffn_width) + config.n_embd
+    return _ffn_matrix_values(config, has_experts) + (biases if config.has_ffn_bias else 0)
+
+
+def _ffn_matrix_values(config: ModelArchitectureConfig, has_experts: bool) -> int:
+    """The entries of the feed-forward matrices that a token of a block passes through."""
+    if has_experts:
+        experts, per_token, width = config.expert_sizes
+        return config.n_embd * (experts + per_token * 3 * width)
     return (3 if config.ffn_type == "swiglu" else 2) * config.ffn_width * config.n_embd
 
 
@@ -165,12 +230,19 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
 
 def _out_of_range(values: Mapping[str, Any]) -> Iterator[str]:
     sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "num_key_value_heads", "head_dim", "d_ff")
-    for name in (*sizes, "norm_eps", "rope_theta"):
+    others = ("sliding_window", "num_experts", "num_experts_per_tok", "expert_d_ff")
+    for name in (*sizes, *others, "norm_eps", "rope_theta"):
         if values.get(name) is not None and not values[name] > 0:
             yield f"{name} must be above 0, not {values[name]!r}"
     for name in ("dropout", "attention_dropout", "residual_dropout"):
         if values.get(name) is not None and not 0 <= values[name] < 1:
             yield f"{name} must be at least 0 and below 1, not {values[name]!r}"
+    if not values.get("router_aux_loss_coef", 0.0) >= 0:
+        yield f"router_aux_loss_coef must be at least 0, not {values['router_aux_loss_coef']!r}"
+    layers = values.get("n_layer", 0)
+    for name in ("sliding_layers", "dense_layers"):
+        if odd := [block for block in values.get(name) or () if not 0 <= block < layers]:
+            yield f"{name} has {odd[0]}, but blocks are numbered from 0 to {layers - 1}"
 
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
@@ -185,6 +257,30 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
             size = width // heads
     if size and values.get("position_encoding") == "rope" and size % 2:
         yield f"rotary positions need an even head size, not {size}"
+    yield from scaling_problems(values.get("rope_scaling"))
+    if values.get("rope_scaling") is not None and values.get("position_encoding") != "rope":
+        yield "rope_scaling needs position_encoding 'rope'"
+    if values.get("sliding_layers") is not None and values.get("sliding_window") is None:
+        yield "sliding_layers needs sliding_window"
+    yield from _contradictions_of_experts(values)
+
+
+def _contradictions_of_experts(values: Mapping[str, Any]) -> Iterator[str]:
+    experts, chosen = values.get("num_experts"), values.get("num_experts_per_tok")
+    others = {"num_experts_per_tok": None, "expert_d_ff": None, "dense_layers": (), "router_aux_loss_coef": 0.0}
+    if experts is None:
+        if given := [name for name, unset in others.items() if values.get(name, unset) not in (unset, [])]:
+            yield f"{given[0]} needs num_experts"
+        return
+    for name in ("num_experts_per_tok", "expert_d_ff"):
+        if values.get(name) is None:
+            yield f"num_experts needs {name}"
+    if chosen is not None and chosen > experts:
+        yield f"num_experts_per_tok {chosen} must be at most num_experts {experts}"
+    if values.get("ffn_type") != "swiglu":
+        yield "experts are swiglu: num_experts needs ffn_type 'swiglu'"
+    if values.get("ffn_bias", None) or (values.get("ffn_bias") is None and values.get("bias")):
+        yield "experts have no biases: num_experts needs ffn_bias False"
 
 
 def _qwen3(n_layer: int, n_embd: int, n_head: int, d_ff: int, *, tied: bool) -> ModelArchitectureConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ class Documents:
     ids: Tensor  # (B, S) whole numbers
     queries: int | None = None  # only the last so many positions ask, the others are in a cache; None = all
     known_spans: Spans | None = None  # where whoever made the ids has them, so that nothing waits for the device
+    window: int | None = None  # a query sees so many positions at most, its own included; None = all before it
+    ends: Tensor | None = None  # (B,): where the padding of each row begins; None = nothing is known of any
 
     @classmethod
     def of_lengths(
@@ -64,7 +67,16 @@ class Documents:
         """Documents of these lengths in rows of block_size positions; what they leave of a row is one more."""
         filled = [[*row, block_size - sum(row)] if sum(row) < block_size else list(row) for row in rows]
         ids = np.stack([np.repeat(np.arange(len(row), dtype=np.int32), row) for row in filled])
-        return cls(place(ids), known_spans=spans_of([length for row in filled for length in row], place))
+        ends = place(np.array([sum(row) for row in rows], dtype=np.int32))
+        return cls(place(ids), known_spans=spans_of([length for row in filled for length in row], place), ends=ends)
+
+    def within(self, window: int | None) -> Documents:
+        """The same under a sliding window: the very same where no document is longer than it."""
+        if window is None or self.ids.shape[1] <= window:
+            return self
+        if self.queries is None and int(self.spans.extent[1]) <= window:
+            return self
+        return dataclasses.replace(self, window=window)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -73,8 +85,17 @@ class Documents:
         T = S if self.queries is None else self.queries
         slots = torch.arange(S, device=self.ids.device)
         causal = slots[S - T :, None] >= slots
+        if self.window is not None:
+            causal = causal & (slots[S - T :, None] - slots < self.window)
         same = self.ids[:, S - T :, None] == self.ids[:, None, :]
         return (same & causal)[:, None]
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """(B, S): False for padding; None where nothing is known of any."""
+        if self.ends is None:
+            return None
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.ends[:, None]
 
     @cached_property
     def spans(self) -> Spans:
@@ -94,6 +115,7 @@ class Documents:
 
     def prepare(self, back_end: BackEnd, *, dropout: float = 0.0, compiled: bool = False) -> None:
         """Compute what the layers share now: inside torch.compile the first access would break the graph."""
+        _ = self.real
         way = self.way(back_end, dropout=dropout, compiled=compiled)
         if way == "flex":
             _ = self.block_mask
@@ -106,7 +128,7 @@ class Documents:
         """How a back end computes attention for these documents: a kernel of attention_backends, or another word."""
         if back_end == "definition":
             return back_end
-        if self.queries is not None:
+        if self.queries is not None or self.window is not None:
             return "mask"
         if back_end != "sdpa":
             assert dropout == 0.0, f"attention={back_end} has no dropout"
@@ -124,6 +146,18 @@ class Documents:
         begins[:, 1:] = self.ids[:, 1:] != self.ids[:, :-1]
         first = torch.where(begins, slots, 0).cummax(dim=1).values
         return (slots - first)[:, S - (self.queries or S) :]
+
+
+def under_window(documents: Documents | None, ids: Tensor, window: int | None, *, past: int) -> Documents | None:
+    """The documents of rows of ids (B, T), behind `past` positions in a cache, as a layer with this window sees them.
+
+    documents None = each row is one, which the result is, too, where the window is too wide to matter.
+    """
+    B, T = ids.shape
+    if documents is None and window is not None and window < past + T:
+        one = torch.zeros(B, past + T, dtype=torch.int32, device=ids.device)
+        documents = Documents(one, queries=T if past else None)
+    return None if documents is None else documents.within(window)
 
 
 def causal_attention(

@@ -1,9 +1,9 @@
-"""Hugging Face's folders: their config and tensor names against ours, as plain dicts and tensors, both ways."""
+"""Hugging Face's folders: their files, and their tensors' names against ours, both ways."""
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,121 +24,125 @@ class Piece(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
+    transposed: bool = False  # its rows are our columns
+
+    @property
+    def rows(self) -> int:
+        """The rows that it fills of ours."""
+        return self.shape[1] if self.transposed else self.shape[0]
 
 
-# Each of our tensors and the pieces that, stacked along their rows, make it. Every tensor of either side is in it once.
+# Each of our tensors and the pieces that, stacked along their rows, make it; experts are stacked in the same way. Every
+# tensor of either side is in it once.
 NameTable = dict[str, tuple[Piece, ...]]
 
 
 def name_table(fields: Mapping[str, Any]) -> NameTable:
-    """The tensors of a Qwen3 dense model with these architecture fields; a tied head is no tensor of its own."""
-    D, F, C, V = fields["n_embd"], fields["d_ff"], fields["head_dim"], fields["vocab_size"]
-    query_rows, key_rows = fields["n_head"] * C, fields["num_key_value_heads"] * C
-    table: NameTable = {"token_embeddings.weight": (Piece("model.embed_tokens.weight", (V, D)),)}
+    """The tensors of a model with these architecture fields; a tied head is no tensor of its own.
+
+    Learned positions make it GPT-2's, with its matrices transposed; everything else is named as in Llama and Qwen.
+    """
+    D, V = fields["n_embd"], fields["vocab_size"]
+    gpt2 = fields["position_encoding"] == "learned_absolute"
+    table: NameTable = {
+        "token_embeddings.weight": (Piece("transformer.wte.weight" if gpt2 else "model.embed_tokens.weight", (V, D)),)
+    }
+    if gpt2:
+        table["pos_encoding.wpe.weight"] = (Piece("transformer.wpe.weight", (fields["block_size"], D)),)
     for i in range(fields["n_layer"]):
-        ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
-        q, k, v = (
-            Piece(f"{theirs}self_attn.{letter}_proj.weight", (rows, D))
-            for letter, rows in (("q", query_rows), ("k", key_rows), ("v", key_rows))
-        )
-        if query_rows == key_rows:
-            table[f"{ours}attn.c_attn.weight"] = (q, k, v)
-        else:
-            table[f"{ours}attn.c_q.weight"] = (q,)
-            table[f"{ours}attn.c_kv.weight"] = (k, v)
-        for our_name, their_name, shape in (
-            ("norm1", "input_layernorm", (D,)),
-            ("attn.q_norm", "self_attn.q_norm", (C,)),
-            ("attn.k_norm", "self_attn.k_norm", (C,)),
-            ("attn.c_proj", "self_attn.o_proj", (D, query_rows)),
-            ("norm2", "post_attention_layernorm", (D,)),
-            ("ffn.w_gate", "mlp.gate_proj", (F, D)),
-            ("ffn.w_value", "mlp.up_proj", (F, D)),
-            ("ffn.w_out", "mlp.down_proj", (D, F)),
-        ):
-            table[f"{ours}{our_name}.weight"] = (Piece(f"{theirs}{their_name}.weight", shape),)
-    table["final_norm.weight"] = (Piece("model.norm.weight", (D,)),)
+        table |= _gpt2_block(fields, i) if gpt2 else {**_attention(fields, i), **_feed_forward(fields, i)}
+    if gpt2:
+        table |= {f"final_norm.{kind}": (Piece(f"transformer.ln_f.{kind}", (D,)),) for kind in ("weight", "bias")}
+    else:
+        table["final_norm.weight"] = (Piece("model.norm.weight", (D,)),)
     if not fields["weight_tying"]:
         table["lm_head.weight"] = (Piece("lm_head.weight", (V, D)),)
     return table
+
+
+def _given(fields: Mapping[str, Any], name: str, usual: Any) -> Any:
+    value = fields.get(name)
+    return usual if value is None else value
+
+
+def _attention(fields: Mapping[str, Any], i: int) -> NameTable:
+    """Block i of a model in Llama's style: its attention and both of its norms."""
+    D, H, bias = fields["n_embd"], fields["n_head"], fields.get("bias", False)
+    C = _given(fields, "head_dim", D // H)
+    rows = {"q": H * C, "k": _given(fields, "num_key_value_heads", H) * C}
+    ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
+    table: NameTable = {}
+    for kind in ("weight", "bias") if _given(fields, "qkv_bias", bias) else ("weight",):
+        q, k, v = (
+            Piece(f"{theirs}self_attn.{letter}_proj.{kind}", (size, D) if kind == "weight" else (size,))
+            for letter, size in (("q", rows["q"]), ("k", rows["k"]), ("v", rows["k"]))
+        )
+        if rows["q"] == rows["k"]:
+            table[f"{ours}attn.c_attn.{kind}"] = (q, k, v)
+        else:
+            table[f"{ours}attn.c_q.{kind}"] = (q,)
+            table[f"{ours}attn.c_kv.{kind}"] = (k, v)
+    table[f"{ours}attn.c_proj.weight"] = (Piece(f"{theirs}self_attn.o_proj.weight", (D, rows["q"])),)
+    if _given(fields, "attention_output_bias", bias):
+        table[f"{ours}attn.c_proj.bias"] = (Piece(f"{theirs}self_attn.o_proj.bias", (D,)),)
+    if fields.get("qk_norm", False):
+        for letter in "qk":
+            table[f"{ours}attn.{letter}_norm.weight"] = (Piece(f"{theirs}self_attn.{letter}_norm.weight", (C,)),)
+    table[f"{ours}norm1.weight"] = (Piece(f"{theirs}input_layernorm.weight", (D,)),)
+    table[f"{ours}norm2.weight"] = (Piece(f"{theirs}post_attention_layernorm.weight", (D,)),)
+    return table
+
+
+def _feed_forward(fields: Mapping[str, Any], i: int) -> NameTable:
+    """The feed-forward part of block i in Llama's style, or its experts."""
+    D, F = fields["n_embd"], _given(fields, "d_ff", 8 * fields["n_embd"] // 3)
+    ours, theirs = f"blocks.{i}.ffn.", f"model.layers.{i}.mlp."
+    pairs = (("w_gate", "gate_proj"), ("w_value", "up_proj"), ("w_out", "down_proj"))
+    experts, table = fields.get("num_experts"), dict[str, tuple[Piece, ...]]()
+    if experts is None or i in fields.get("dense_layers", ()):
+        shapes = {"w_gate": (F, D), "w_value": (F, D), "w_out": (D, F)}
+        table |= {f"{ours}{a}.weight": (Piece(f"{theirs}{b}.weight", shapes[a]),) for a, b in pairs}
+        if _given(fields, "ffn_bias", fields.get("bias", False)):
+            table |= {f"{ours}{a}.bias": (Piece(f"{theirs}{b}.bias", shapes[a][:1]),) for a, b in pairs}
+        return table
+    F = fields["expert_d_ff"]
+    shapes = {"w_gate": (F, D), "w_value": (F, D), "w_out": (D, F)}
+    table[f"{ours}router.weight"] = (Piece(f"{theirs}gate.weight", (experts, D)),)
+    for a, b in pairs:
+        table[ours + a] = tuple(Piece(f"{theirs}experts.{j}.{b}.weight", shapes[a]) for j in range(experts))
+    return table
+
+
+def _gpt2_block(fields: Mapping[str, Any], i: int) -> NameTable:
+    """Block i of GPT-2, whose linear layers hold their matrices transposed."""
+    D, F = fields["n_embd"], _given(fields, "d_ff", 4 * fields["n_embd"])
+    ours, theirs = f"blocks.{i}.", f"transformer.h.{i}."
+    table: NameTable = {}
+    for a, b in (("norm1", "ln_1"), ("norm2", "ln_2")):
+        table |= {f"{ours}{a}.{kind}": (Piece(f"{theirs}{b}.{kind}", (D,)),) for kind in ("weight", "bias")}
+    for a, b, inputs, outputs in (
+        ("attn.c_attn", "attn.c_attn", D, 3 * D),
+        ("attn.c_proj", "attn.c_proj", D, D),
+        ("ffn.fc1", "mlp.c_fc", D, F),
+        ("ffn.fc2", "mlp.c_proj", F, D),
+    ):
+        table[f"{ours}{a}.weight"] = (Piece(f"{theirs}{b}.weight", (inputs, outputs), transposed=True),)
+        table[f"{ours}{a}.bias"] = (Piece(f"{theirs}{b}.bias", (outputs,)),)
+    return table
+
+
+def pieces_of(tensor: Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+    """Each piece with the view of our tensor that it fills, as the file has it."""
+    rows = tensor.flatten(0, -2) if tensor.dim() == 3 else tensor  # experts: all rows of one after those of another
+    for piece, part in zip(pieces, rows.split([piece.rows for piece in pieces]), strict=True):
+        yield piece, part.t() if piece.transposed else part
 
 
 def to_hugging_face(weights: Mapping[str, Tensor], table: NameTable) -> dict[str, Tensor]:
     """Our tensors under their names, fused ones cut into views of their pieces; the table must know every one."""
     unknown = [name for name in weights if name not in table]
     assert not unknown, f"no Hugging Face name for {unknown}"
-    theirs = {}
-    for ours, pieces in table.items():
-        for piece, tensor in zip(pieces, weights[ours].split([piece.shape[0] for piece in pieces]), strict=True):
-            theirs[piece.name] = tensor
-    return theirs
-
-
-def architecture_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our architecture fields for a config.json, in the published style or as Transformers 5 writes it.
-
-    What a config leaves out has the value that Transformers gives it. Raises UserError with everything that this
-    project cannot compute.
-    """
-    if problems := list(_unsupported(config)):
-        raise listed("this model cannot be built here:", problems)
-    rope = config.get("rope_parameters") or {}
-    return {
-        "n_layer": config["num_hidden_layers"],
-        "n_head": config["num_attention_heads"],
-        "n_embd": config["hidden_size"],
-        "num_key_value_heads": config["num_key_value_heads"],
-        "head_dim": config.get("head_dim", 128),
-        "d_ff": config["intermediate_size"],
-        "vocab_size": config["vocab_size"],
-        "block_size": config["max_position_embeddings"],
-        "normalization": "rmsnorm",
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "norm_position": "pre",
-        "activation": "silu",
-        "ffn_type": "swiglu",
-        "position_encoding": "rope",
-        "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-        "rope_layout": "half",
-        "qk_norm": True,
-        "bias": False,
-        "weight_tying": config.get("tie_word_embeddings", False),
-    }
-
-
-def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
-    kind = config.get("model_type")
-    if kind != "qwen3":
-        yield f"model_type is {reprlib.repr(kind)}; only 'qwen3' (dense) is known"
-        return
-    sizes = ("num_hidden_layers", "num_attention_heads", "hidden_size", "num_key_value_heads", "intermediate_size")
-    for name in (*sizes, "vocab_size", "max_position_embeddings", "head_dim"):
-        value = config.get(name, 128 if name == "head_dim" else None)
-        if type(value) is not int:
-            yield f"{name} must be a whole number, not {reprlib.repr(value)}"
-    for name, supported in (("hidden_act", "silu"), ("attention_bias", False), ("use_sliding_window", False)):
-        value = config.get(name, supported)
-        if value != supported or type(value) is not type(supported):
-            yield f"{name} {reprlib.repr(value)} is not supported, only {supported!r}"
-    layers = config.get("layer_types")
-    if layers is not None and (not isinstance(layers, list) or any(layer != "full_attention" for layer in layers)):
-        yield f"layer_types {reprlib.repr(layers)} are not supported, only 'full_attention'"
-    elif layers is not None and len(layers) != config.get("num_hidden_layers"):
-        yield f"layer_types has {len(layers)} entries, not one for each of num_hidden_layers"
-    yield from _unsupported_rotation(config)
-
-
-def _unsupported_rotation(config: Mapping[str, Any]) -> Iterator[str]:
-    for name, read in (("rope_scaling", {"rope_type", "type"}), ("rope_parameters", {"rope_type", "rope_theta"})):
-        rope = config.get(name)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
-            yield f"{name} {reprlib.repr(rope)} is not supported, only the default rotation"
-        elif unread := sorted(rope.keys() - read):
-            yield f"{name} has {', '.join(unread)}, which is not supported; only {' and '.join(sorted(read))} are"
-        elif "rope_theta" in config and rope.get("rope_theta", config["rope_theta"]) != config["rope_theta"]:
-            yield f"rope_theta is {reprlib.repr(config['rope_theta'])}, {name} has another, {rope['rope_theta']!r}"
+    return {piece.name: part for ours, row in table.items() for piece, part in pieces_of(weights[ours], row)}
 
 
 class StoredTensor(NamedTuple):

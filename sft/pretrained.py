@@ -18,12 +18,14 @@ from sft import huggingface
 from sft.checkpoint import read_checkpoint
 from sft.ema import Weights
 from sft.errors import UserError, listed
-from sft.huggingface import NameTable, Piece, StoredTensor
+from sft.families import architecture_fields
+from sft.huggingface import NameTable, Piece, StoredTensor, pieces_of
 
 FLOATS = tuple(huggingface.FLOATS.values())
 WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
 DERIVED_BUFFERS = re.compile(r"\.attn\.(rope\..+|bias)$")  # rotary tables and causal masks that others save
 NO_AVERAGE = "holds no moving average of its weights (ema), since it was not trained with ema_decay; use its weights"
+THEIR_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|^(transformer\.)?h\.\d+\.attn\.(masked_)?bias$")
 FOREIGN_FIELDS = ("attention_backend", "ffn_expansion_ratio")  # how to compute, and what d_ff already says
 
 
@@ -71,8 +73,7 @@ class Pretrained:
         weights = {}
         for name, pieces in table.items():
             weights[name] = torch.empty(shapes[name], device=device, dtype=dtype)
-            parts = weights[name].split([piece.shape[0] for piece in pieces])
-            for piece, part in zip(pieces, parts, strict=True) if not weights[name].is_meta else ():
+            for piece, part in pieces_of(weights[name], pieces) if not weights[name].is_meta else ():
                 part.copy_(self.tensors[piece.name].read())
         return weights
 
@@ -111,13 +112,20 @@ def open_pretrained(path: Path, *, verify: bool = True, weights: Weights = "mode
             raise UserError(f"{path}: {NO_AVERAGE}")
         config = huggingface.read_config(path)
         try:
-            fields = huggingface.architecture_fields(config)
+            fields = architecture_fields(config)
         except UserError as error:
             raise UserError(f"{path / 'config.json'}: {error}") from error
-        tensors = huggingface.stored_tensors(path)
+        stored = huggingface.stored_tensors(path)
+        tensors = {_with_prefix(name, config): stored[name] for name in stored if not THEIR_BUFFERS.search(name)}
         _refuse_too_many_layers(path, fields, tensors)
         return Pretrained(path, fields, tensors, huggingface.name_table(fields))
     return _open_checkpoint(checkpoint_file(path), verify=verify, weights=weights)
+
+
+def _with_prefix(name: str, config: Mapping[str, Any]) -> str:
+    """GPT-2 was published without the prefix that Transformers writes."""
+    bare = config["model_type"] == "gpt2" and not name.startswith(("transformer.", "lm_head."))
+    return f"transformer.{name}" if bare else name
 
 
 def is_hugging_face_folder(path: Path) -> bool:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+Result = TypeVar("Result")
 Recomputing = Literal["none", "selective", "full"]
 ActivationCheckpointing = Literal["none", "selective", "full", "auto"]  # auto = the least that fits, see sft/memory.py
 LEAST_FIRST: tuple[Recomputing, ...] = ("none", "selective", "full")  # by the work that is done twice
@@ -25,8 +26,8 @@ EXPENSIVE = re.compile(r"(^|_)(add|b|badd|scaled_|grouped_)?b?mm$|linear|attenti
 
 
 def run(
-    compute: Callable[..., Tensor], x: Tensor, *others: Any, recomputing: Recomputing, draws: bool = True
-) -> Tensor:
+    compute: Callable[..., Result], x: Tensor, *others: Any, recomputing: Recomputing, draws: bool = True
+) -> Result:
     """compute(x, *others), of which the backward pass repeats a part. `draws`: whether it draws random numbers."""
     if recomputing == "none":
         return compute(x, *others)
