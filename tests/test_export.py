@@ -67,13 +67,21 @@ def refused(*arguments: object) -> str:
     return str(caught.value)
 
 
+def outcome(*arguments: object) -> UserError | None:
+    try:
+        export(*arguments)
+    except UserError as error:
+        return error
+    return None
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_family_is_the_same_model_in_transformers(tmp_path: Path, capsys, name: str):
     pytest.importorskip("transformers")
     checkpoint = make_run(tmp_path / "run", template="qwen3", **FAMILIES[name])
     export(checkpoint, tmp_path / "out", "--dtype=fp32", "--verify")
     told = capsys.readouterr().out
-    assert f"family    {name.split(' ')[0]} (" in told
+    assert f"family    {name.partition(' ')[0]} (" in told
     assert told.count("verified") == 3
     ours, theirs = load_pretrained(checkpoint), load_pretrained(tmp_path / "out")
     assert (ours(IDS) - theirs(IDS)).abs().max() <= 2e-5
@@ -116,6 +124,19 @@ def test_weights_are_rounded_once_and_a_tied_head_is_not_written_twice(tmp_path:
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     mode = os.stat(tmp_path / "out" / "config.json").st_mode
     assert os.stat(tmp_path / "out" / "model.safetensors").st_mode == mode
+
+
+def test_what_evaluations_saw_is_exported_unless_other_weights_are_named(tmp_path: Path):
+    averaged, trained = random_model(vocab_size=315), random_model(vocab_size=315, seed=1)
+    checkpoint = make_run(tmp_path / "run", trained)
+    content = torch.load(checkpoint, weights_only=True)
+    content |= {"ema": averaged.state_dict(), "eval_weights": "ema"}
+    save_checkpoint(tmp_path / "run", content, iter_num=7, best=False, keep=None)
+    for name, model in (("ema", averaged), ("model", trained)):
+        choice = [] if name == "ema" else ["--weights=model"]
+        export(checkpoint, tmp_path / name, "--dtype=fp32", *choice)
+        assert torch.equal(load_pretrained(tmp_path / name)(IDS), model.eval()(IDS))
+        assert ("moving average" in (tmp_path / name / "README.md").read_text()) == (name == "ema")
 
 
 def test_shards_are_as_large_as_asked_for_and_their_index_is_complete(tmp_path: Path):
@@ -227,13 +248,11 @@ def test_a_disk_that_refuses_leaves_the_earlier_export_as_it_was(tmp_path: Path,
         calls.clear()
         with monkeypatch.context() as patch:
             patch.setattr(step, failing)
-            try:
-                export(checkpoint, out, "--overwrite", "--dtype=fp32")
-            except UserError as error:
-                assert "cannot be written" in str(error)
-                assert error.exit_status == 1
-            else:
-                break
+            error = outcome(checkpoint, out, "--overwrite", "--dtype=fp32")
+        if error is None:
+            break
+        assert "cannot be written" in str(error)
+        assert error.exit_status == 1
         if (tmp_path / "out" / "model.safetensors").read_bytes() == before["model.safetensors"]:
             assert {path.name: path.read_bytes() for path in out.iterdir()} == before
             assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]

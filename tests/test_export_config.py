@@ -30,7 +30,7 @@ def tiny_fields(**changes: object) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_preset_has_the_family_that_it_is_named_after(name: str):
-    family = {"qwen3": "Qwen3", "gpt2": "GPT-2", "llama": "Llama", "sft": "Llama"}[name.split("-")[0]]
+    family = {"qwen3": "Qwen3", "gpt2": "GPT-2", "llama": "Llama", "sft": "Llama"}[name.partition("-")[0]]
     expression = expressed(fields_of(PRESETS[name]))
     assert (expression.family.name, expression.notes) == (family, [])
 

@@ -16,6 +16,7 @@ from model_config import ModelArchitectureConfig, parameter_count
 from sft import export_tokenizer
 from sft.checkpoint import read_checkpoint
 from sft.config import load_settings
+from sft.ema import Weights
 from sft.errors import EXIT_FAILED, UserError, listed, run_program
 from sft.export_config import Expression, complete, config_json, expressed, meaning
 from sft.export_folder import refuse_folder, whole_folder
@@ -30,6 +31,7 @@ from sft.tokenizer import END_OF_TEXT, IM_END, Tokenizer, load_tokenizer
 from sft.untrusted import MEBIBYTE, read_bytes
 
 USAGE = "python tools/export_hf.py CKPT OUT_DIR [--name=value ...]"
+AVERAGED = "the weights are the moving average of the trained ones"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -37,6 +39,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class ExportSettings:
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights
     shard_gb: float = 5.0  # the largest file of weights, in 10**9 bytes
+    weights: Weights | None = None  # of a run with ema_decay: model or ema; None = what its evaluations saw, ema
     tokenizer: str | None = None  # tokenizer.json, *.tiktoken or their folder; None = beside the checkpoint
     template: TemplateName | None = None  # chat template; None = the one beside the checkpoint, if there is one
     verify: bool = False  # load the result in Transformers, too, and compare logits, answers and rendered ids
@@ -53,6 +56,7 @@ class Source(NamedTuple):
     path: Path
     folder: Path
     content: dict[str, Any]  # of a checkpoint file, its tensors mapped
+    weights: Weights
     fields: dict[str, Any]  # of the architecture, complete
     parameters: int
     tokenizer: Tokenizer
@@ -73,9 +77,11 @@ def main(argv: list[str]) -> None:
     say(f"family    {expression.family.name} ({expression.family.architecture}), {source.parameters:,} parameters")
     for note in expression.notes:
         say(f"change    {note}")
+    if source.weights == "ema":
+        say(f"weights   {AVERAGED}")
     if source.template is None:
         say(f"template  none: there is no {JINJA_NAME} beside the checkpoint; --template= adds one")
-    model = load_pretrained(source.path, dtype=DTYPES[settings.dtype])
+    model = load_pretrained(source.path, dtype=DTYPES[settings.dtype], weights=source.weights)
     with whole_folder(out) as folder:
         size = write_export(folder, source, expression, model, settings)
         if settings.verify:
@@ -90,7 +96,8 @@ def open_source(path: Path, settings: ExportSettings) -> Source:
         path = checkpoint_file(path)
         content = read_checkpoint(path, verify=False)  # load_pretrained will
     folder = path if path.is_dir() else path.parent
-    config = ModelArchitectureConfig.from_dict(open_pretrained(path, verify=False).fields)
+    weights: Weights = settings.weights or ("ema" if content.get("eval_weights") == "ema" else "model")
+    config = ModelArchitectureConfig.from_dict(open_pretrained(path, verify=False, weights=weights).fields)
     tokenizer = load_tokenizer(settings.tokenizer or folder)
     if content.get("tokenizer_fingerprint") not in (None, tokenizer.fingerprint):
         raise UserError(f"{tokenizer.path}: not the tokenizer that {path} was trained with; see --tokenizer=")
@@ -98,7 +105,7 @@ def open_source(path: Path, settings: ExportSettings) -> Source:
         sizes = f"{tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}"
         raise UserError(f"{tokenizer.path}: not this model's tokenizer: it has {sizes}")
     template = settings.template or template_beside(folder)
-    return Source(path, folder, content, all_fields(config), parameter_count(config), tokenizer, template)
+    return Source(path, folder, content, weights, all_fields(config), parameter_count(config), tokenizer, template)
 
 
 def all_fields(config: ModelArchitectureConfig) -> dict[str, Any]:
@@ -141,7 +148,7 @@ def write_export(
         parameters=source.parameters,
         dtype=settings.dtype,
         source=source.path,
-        notes=expression.notes,
+        notes=[*expression.notes, *([AVERAGED] if source.weights == "ema" else [])],
         template=source.template,
         stops=[IM_END, END_OF_TEXT],
         content=source.content,
