@@ -11,14 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
 from tqdm import tqdm
 
-from sft import elsewhere
+from sft import elsewhere, hub
 from sft.arrays import SPLITS, replaced_files, sha256_of
 from sft.audit import COUNTS, audit_chunk, with_written
 from sft.chatml import TrainOn
@@ -45,7 +45,7 @@ class PrepareSettings:
     """Every knob of preparing. A sample is a rendered conversation, or one trained turn of it, or a piece of text."""
 
     input: str  # files, folders, globs or - (standard input), separated by commas; a.jsonl:0.7 = 0.7 epochs per pass
-    tokenizer: str  # tokenizer.json, *.tiktoken, or a folder that holds one
+    tokenizer: str  # tokenizer.json, *.tiktoken, a folder that holds one, or a hub name
     out_dir: str  # folder for the arrays and meta.json; what was prepared there before is replaced
     format: Format = "auto"  # of the records; auto = recognised record by record
     fields: str | None = None  # columns under other names: prompt:their_name,completion:their_other_name
@@ -85,7 +85,7 @@ class PrepareSettings:
             yield "out_dir", "out_dir is empty; the current folder is '.'"
         if not self.tokenizer.strip():
             yield "tokenizer", "tokenizer is empty; the current folder is '.'"
-        elif not os.path.exists(self.tokenizer):
+        elif not os.path.exists(self.tokenizer) and not hub.is_name(self.tokenizer):
             yield "tokenizer", f"tokenizer {self.tokenizer!r} does not exist"
         yield from (("input", problem) for problem in find_sources(self.input).problems)
 
@@ -101,7 +101,9 @@ def main(argv: list[str]) -> None:
     with phases.phase("start-up"):
         resolved = load_settings(PrepareSettings, argv, elsewhere=elsewhere.PREPARE)
         settings, out_dir = resolved.settings, Path(resolved.settings.out_dir)
-        tokenizer = load_tokenizer(settings.tokenizer)
+        found = hub.local(settings.tokenizer, setting="tokenizer", files=hub.TOKENIZER_FILES)
+        tokenizer, recorded = load_tokenizer(found), replace(settings, tokenizer=hub.pinned(settings.tokenizer, found))
+        resolved = resolved._replace(settings=recorded)
         sources = find_sources(settings.input).sources
         refuse_other_tokenizer(out_dir, tokenizer, settings.template)
         refuse_to_lose([*(source.path for source in sources), *tokenizer.files.values()], out_dir)

@@ -25,6 +25,7 @@ from sft.config import Resolved, fingerprint, load_settings, to_dict
 from sft.ema import MovingAverage
 from sft.errors import Preempted, UserError, run_program
 from sft.evaluation import Validation
+from sft.fetching import with_local_base
 from sft.journal import Journal
 from sft.loss import LossKernel
 from sft.optim import Schedule, learning_rate_at, make_optimizer
@@ -50,7 +51,7 @@ class TrainSettings:
 
     sft_data_dir: str  # a folder that prepare_sft.py wrote
     out_dir: str  # where checkpoints and run_*.json go
-    checkpoint_path: str | None = None  # the model to start from: a ckpt_*.pt file or a Hugging Face folder
+    checkpoint_path: str | None = None  # the model to start from: a ckpt_*.pt, a Hugging Face folder or hub name
     model: str | dict[str, Any] | None = None  # or from scratch: a preset's name or a dict of architecture fields
     run_name: str | None = None  # a name for the run log; None = the name of out_dir
     seed: int = 1337  # decides the order of the rows, dropout, and a new model's weights
@@ -137,8 +138,8 @@ def main(argv: list[str]) -> None:
 
 
 def train(resolved: Resolved[TrainSettings], world: World, watchdog: Watchdog) -> None:
-    """The whole run on one rank: lock, start, memory, run."""
-    settings = resolved.settings
+    """The whole run on one rank: base, lock, start, memory, run."""
+    resolved, settings = with_local_base(resolved, world)
     with OutDirLock(Path(settings.out_dir)) as lock:
         start = make_sure(
             settings, world, lock, load=partial(load_base, settings, world), build=partial(build_model, settings, world)

@@ -38,7 +38,7 @@ LOWEST = {
         "nfc",
     ),
     *("duplicates", "workers", "preparation", "tally", "joining", "audit", "ledger", "packing", "arrays"),
-    *("untrusted", "npy_header", "meta_shape", "safetensors_header", "interruption"),
+    *("hub", "untrusted", "npy_header", "meta_shape", "safetensors_header", "interruption"),
     *("export_config", "export_folder", "export_readme", "export_tokenizer"),
     *("files", "seal", "prepared_writer", "data_summary", "data_report", "sample_view", "sample_choice", "page"),
 }
@@ -59,7 +59,7 @@ HIGHEST = {
     "calibration",
     "export_proof",
 }
-LIBRARIES_OF_THE_LOWEST = {"numpy", "tokenizers", "tiktoken", "tqdm", "pyarrow", "datasketch"}
+LIBRARIES_OF_THE_LOWEST = {"numpy", "tokenizers", "tiktoken", "tqdm", "pyarrow", "datasketch", "huggingface_hub"}
 
 
 def files(*patterns: str) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from model_builder import ConfigurableGPT, load_pretrained
+from sft import hub
 from sft.chatml import prompt_ids
 from sft.checkpoint import read_checkpoint
 from sft.config import load_settings
@@ -64,7 +65,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"which checkpoint? {USAGE}")
     settings = load_settings(ChatSettings, argv if is_help else argv[1:], usage=USAGE).settings
     be_lenient_with_encodings()
-    model, tokenizer = load_model_and_tokenizer(Path(argv[0]), settings)
+    path = hub.local(argv[0], setting="checkpoint", files=hub.MODEL_FILES)
+    model, tokenizer = load_model_and_tokenizer(path, settings)
     template = template_in(tokenizer.path.parent)
     opening = [] if settings.system is None else [Message("system", settings.system)]
     if settings.prompt is not None:
@@ -88,7 +90,9 @@ def load_model_and_tokenizer(path: Path, settings: ChatSettings) -> tuple[Config
     if not is_hugging_face_folder(path):
         content = read_checkpoint(checkpoint_file(path), verify=False)  # load_pretrained will
         trained_with, evaluated = content.get("tokenizer_fingerprint"), content.get("eval_weights")
-    tokenizer = load_tokenizer(settings.tokenizer or (path if path.is_dir() else path.parent))
+    beside = path if path.is_dir() else path.parent
+    named = settings.tokenizer and hub.local(settings.tokenizer, setting="tokenizer", files=hub.TOKENIZER_FILES)
+    tokenizer = load_tokenizer(named or beside)
     if trained_with not in (None, tokenizer.fingerprint):
         raise UserError(f"{tokenizer.path}: not the tokenizer that {path} was trained with; see --tokenizer=")
     device = usable_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
