@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_config import ModelArchitectureConfig, parameter_count
-from sft import recompute
+from sft import recompute, saved_adapters
+from sft.adapting import Adapted
 from sft.attention import BackEnd, Documents, KeyValueCache, causal_attention, under_window
 from sft.ema import Weights
 from sft.errors import UserError
@@ -48,6 +49,7 @@ class ConfigurableGPT(nn.Module):
         self.activation_checkpointing: recompute.Recomputing = "none"  # what of a block the backward computes again
         self.attention: BackEnd = "sdpa"  # set_attention
         self.compiled = False
+        self.adapted: Adapted | None = None  # what its adapters are, where it has some
         self.to_empty(device=device)
         self._tie_head()
         self._initialise()
@@ -197,10 +199,15 @@ def load_pretrained(
     It comes in evaluation mode; a trainer calls train(). Weights are copied one at a time, so the peak is the model
     and one of its tensors. `verify` compares a checkpoint's checksums, which reads all of it once; of many processes
     one is enough. `weights`: of a run with ema_decay, those that were trained (what a resumed run goes on from), or
-    "ema", their moving average (what its evaluations saw). Raises UserError for what cannot be read, with every tensor
-    that does not fit.
+    "ema", their moving average (what its evaluations saw). Adapters come on their base, which `verify` proves to be
+    theirs, and are not merged with it. Raises UserError for what cannot be read, with every tensor that does not fit.
     """
     source = open_pretrained(Path(path), verify=verify, weights=weights)
+    if source.adapters is not None:
+        base = saved_adapters.base_of(source, verify=verify)
+        model = load_pretrained(base, device, dtype, verify=verify and source.is_of_unknown_base)
+        saved_adapters.apply(source, model, base=base)
+        return model.eval()
     try:
         config = ModelArchitectureConfig.from_dict(source.fields)
     except UserError as error:
@@ -227,6 +234,7 @@ class Block(nn.Module):
         self.norm2 = build_norm(config)
         self.ffn = build_ffn(config, place)
         self.residual_dropout = nn.Dropout(config.residual_dropout_rate)
+        self.adapters_draw = False  # dropout of their own
 
     def forward(
         self,
@@ -239,7 +247,7 @@ class Block(nn.Module):
         counted: bool = False,
     ) -> tuple[Tensor, Routing | None]:
         """The stream after it, and how its experts, if any, were chosen: by all tokens where they are `counted`."""
-        draws = self.residual_dropout.p > 0 or self.attn.dropout > 0
+        draws = self.residual_dropout.p > 0 or self.attn.dropout > 0 or self.adapters_draw
         inputs = x, rotary, documents, cache, places, counted
         return recompute.run(self._compute, *inputs, recomputing=recomputing, draws=draws)
 

@@ -17,7 +17,7 @@ import torch
 
 from model_builder import ConfigurableGPT, load_pretrained
 from model_config import PRESETS, ModelArchitectureConfig, architecture_problems, forward_flops, parameter_count
-from sft import dry_run, elsewhere, memory, out_of_memory, start_checks, startup
+from sft import adapting, dry_run, elsewhere, memory, out_of_memory, saved_adapters, start_checks, startup
 from sft.announcement import Plan, announce
 from sft.arrays import PreparedData
 from sft.attention_choice import AttentionChoice
@@ -25,8 +25,8 @@ from sft.config import Resolved, fingerprint, load_settings, to_dict
 from sft.ema import MovingAverage
 from sft.errors import Preempted, UserError, run_program
 from sft.evaluation import Validation
-from sft.fetching import with_local_base
 from sft.journal import Journal
+from sft.lora import Scaling
 from sft.loss import LossKernel
 from sft.optim import Schedule, learning_rate_at, make_optimizer
 from sft.out_dir_lock import OutDirLock
@@ -51,7 +51,7 @@ class TrainSettings:
 
     sft_data_dir: str  # a folder that prepare_sft.py wrote
     out_dir: str  # where checkpoints and run_*.json go
-    checkpoint_path: str | None = None  # the model to start from: a ckpt_*.pt, a Hugging Face folder or hub name
+    checkpoint_path: str | None = None  # the model to start from: a ckpt_*.pt file or a Hugging Face folder
     model: str | dict[str, Any] | None = None  # or from scratch: a preset's name or a dict of architecture fields
     run_name: str | None = None  # a name for the run log; None = the name of out_dir
     seed: int = 1337  # decides the order of the rows, dropout, and a new model's weights
@@ -75,6 +75,15 @@ class TrainSettings:
     ema_decay: float | None = None  # keep and evaluate a moving average: 0.999 is of about 1,000 steps; None = none
     grad_clip: float | None = 1.0  # largest global gradient norm; None = no clipping
     dropout: float = 0.0  # on embeddings, attention probabilities and residual branches
+
+    lora_rank: int | None = None  # train adapters of this rank, and keep the base as it is; None = all is trained
+    lora_alpha: float = 16.0  # adapters are multiplied by lora_alpha / lora_rank
+    lora_dropout: float = 0.0  # of what adapters read
+    lora_targets: tuple[str, ...] = ("*",)  # patterns of layers' names, ours or Hugging Face's: q_proj,v_proj; * = all
+    lora_scaling: Scaling = "standard"  # rank_stabilized = lora_alpha over the root of lora_rank, for large ranks
+    lora_dora: bool = False  # train the length of each adapted row, too (DoRA)
+    train_embeddings: bool = False  # with adapters: the embeddings and the head, too, in full
+    freeze: tuple[str, ...] = ()  # patterns of parameters' or modules' names that are not trained, as blocks.0
 
     eval_interval: int | None = 200  # steps between evaluations; None = never
     eval_rows: int | None = None  # validation rows to use; None = all
@@ -138,8 +147,8 @@ def main(argv: list[str]) -> None:
 
 
 def train(resolved: Resolved[TrainSettings], world: World, watchdog: Watchdog) -> None:
-    """The whole run on one rank: base, lock, start, memory, run."""
-    resolved, settings = with_local_base(resolved, world)
+    """The whole run on one rank: lock, start, memory, run."""
+    settings = resolved.settings
     with OutDirLock(Path(settings.out_dir)) as lock:
         start = make_sure(
             settings, world, lock, load=partial(load_base, settings, world), build=partial(build_model, settings, world)
@@ -150,7 +159,7 @@ def train(resolved: Resolved[TrainSettings], world: World, watchdog: Watchdog) -
         work = memory.workload(model, loader, loss=start.loss, autocast_dtype=autocast, world=world, ema_decay=decay)
         model.activation_checkpointing, kept = memory.settle(settings.activation_checkpointing, work)
         if settings.dry_run:
-            flops = partial(training_flops, model.config)
+            flops = partial(training_flops, model)
             return dry_run.rehearse(settings, work, loader, steps=steps, saved=start.saved, flops=flops)
         world.on_main(lambda: startup.copy_tokenizer(start.data, lock.out_dir))
         carry_out(resolved, start, work, kept, watchdog)
@@ -197,7 +206,7 @@ def plan_of(settings: TrainSettings, run: Run, start: Start) -> Plan:
     source = start.resume_path or settings.checkpoint_path or "new, random weights"
     parameters = parameter_count(start.model.config)
     return Plan(
-        model=f"{parameters:,} parameters, {source}",
+        model=f"{adapting.trained_values(start.model)}, {source}",
         parameters=parameters,
         steps=start.course.steps,
         micro_steps=run.loader.micro_steps,
@@ -248,8 +257,12 @@ def load_base(settings: TrainSettings, world: World, source: Path) -> Configurab
     The main rank verifies it for all; what is resumed has been verified when it was found.
     """
     dtype = torch.float64 if settings.dtype == "float64" else torch.float32
-    verify = world.is_main and source == Path(settings.checkpoint_path or "")
-    return load_pretrained(source, "meta" if settings.dry_run else "cpu", dtype, verify=verify)
+    resumes = settings.resume != "never" and source.parent == Path(settings.out_dir)
+    verify = world.is_main and (not resumes or settings.lora_rank is not None)  # whose base nobody has looked at yet
+    model = load_pretrained(source, "meta" if settings.dry_run else "cpu", dtype, verify=verify)
+    if not resumes:
+        adapting.merge_adapters(model)
+    return model
 
 
 def build_model(
@@ -267,8 +280,12 @@ def build_model(
     limit = model.config.block_size
     if model.config.position_encoding == "learned_absolute" and settings.block_size > limit:
         raise UserError(f"block_size {settings.block_size} is beyond the {limit} positions that the model has learned")
-    if model.vocab_size < data.meta["vocab_size"]:
+    if grows := model.vocab_size < data.meta["vocab_size"]:
         model.grow_vocabulary(data.meta["vocab_size"], say=world.print)
+    begins, halves = settings.lora_rank and model.adapted is None, settings.autocast_dtype(world.device) is not None
+    path = settings.checkpoint_path if begins and world.is_main and not settings.dry_run else None
+    of = saved_adapters.record_of(Path(path)) if path is not None else None
+    adapting.make_trainable(model, settings, base=of, half=halves, grew=grows, say=world.print)
     model.set_dropout(settings.dropout)
     if settings.compiles(world.device):
         model.compile_blocks()
@@ -286,10 +303,12 @@ def new_architecture(settings: TrainSettings, data: PreparedData) -> ModelArchit
     )
 
 
-def training_flops(config: ModelArchitectureConfig, totals: Totals) -> int:
-    """The backward pass has two matrix products for each of the forward's."""
-    pairs, trained = totals.attended_pairs, totals.trained_tokens
-    return 3 * forward_flops(config, tokens=totals.tokens, attended_pairs=pairs, trained_tokens=trained)
+def training_flops(model: ConfigurableGPT, totals: Totals) -> int:
+    """The backward pass has two matrix products for each of the forward's; of a frozen matrix, one."""
+    pairs, targets = totals.attended_pairs, totals.trained_tokens
+    forward = forward_flops(model.config, tokens=totals.tokens, attended_pairs=pairs, trained_tokens=targets)
+    trained, values = adapting.matrix_values(model)
+    return 2 * forward + forward * trained // values
 
 
 def open_log(resolved: Resolved[TrainSettings]) -> RunLog:
@@ -333,7 +352,7 @@ def build_run(resolved: Resolved[TrainSettings], start: Start, journal: Journal,
             one_shape=settings.compiles(world.device),
         ),
         journal=journal,
-        training_flops=partial(training_flops, model.config),
+        training_flops=partial(training_flops, model),
         out_dir=out_dir,
         keep_checkpoints=settings.keep_checkpoints,
         save_optimizer=settings.save_optimizer,
@@ -342,6 +361,7 @@ def build_run(resolved: Resolved[TrainSettings], start: Start, journal: Journal,
             "config": to_dict(settings),
             "config_origins": resolved.origins,
             **identity,
+            **saved_adapters.constants(model, out_dir),
         },
         wrap=partial(world.wrap, bucket_mb=settings.ddp_bucket_mb, compression=settings.gradient_compression),
         watch=StepWatch(judge, loader, journal, max_skipped_steps=settings.max_skipped_steps, sources=sources),

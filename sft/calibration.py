@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sft.adapting import resemble
 from sft.batches import Batch, Document, TrainLoader, make_batch, read_row
 from sft.memory import Workload
 from sft.optim import make_optimizer
@@ -72,7 +73,7 @@ def _measure(work: Workload, loader: TrainLoader, flops: Callable[[Totals], int]
     rest = max(one - block, 0.0) * config.vocab_size / vocabulary
     micro_step = scale * (config.n_layer * block + rest)
 
-    values = sum(p.numel() for p in work.model.parameters())
+    values = sum(p.numel() for p in work.model.parameters() if p.requires_grad)
     flat = nn.ParameterList([torch.zeros(min(values, TABLE_VALUES) // 64, 64, device=device)])
     flat[0].grad = torch.zeros_like(flat[0])
     optimizer = make_optimizer(flat, learning_rate=0.0, betas=(0.9, 0.95), weight_decay=0.0)
@@ -91,7 +92,8 @@ def small_model(model: Any, *, layers: int, vocabulary: int, device: torch.devic
     """A model of the same blocks with weights of no meaning, computing as the model will."""
     config = dataclasses.replace(model.config, n_layer=layers, vocab_size=vocabulary)
     with torch.device(device):
-        small = type(model)(config).to(model.head_weight.dtype)
+        small = type(model)(config)
+        resemble(small, model)
     small.set_attention(model.attention)
     small.activation_checkpointing = model.activation_checkpointing
     if model.compiled:

@@ -12,9 +12,21 @@ from sft.packing import PACKING_VERSION
 OF_THE_ORDER = ("seed", "block_size")
 OF_THE_SCHEDULE = ("learning_rate", "min_lr", "lr_schedule", "warmup_iters")
 OF_THE_UPDATE = ("weight_decay", "beta1", "beta2", "grad_clip", "dropout", "skip_spikes", "ema_decay")
-SETTINGS = (*OF_THE_ORDER, *OF_THE_SCHEDULE, *OF_THE_UPDATE)
-BEFORE = {"ema_decay": None}  # what runs had that began before there was the setting; of others nothing is known
-CHANGEABLE = (*SETTINGS, "data", "template", "tokenizer", "decay", "rows_per_step")
+OF_THE_ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_scaling", "lora_dora")
+OF_WHAT_IS_TRAINED = (*OF_THE_ADAPTERS, "train_embeddings", "freeze")  # which the optimizer's state is of: it stays
+SETTINGS = (*OF_THE_ORDER, *OF_THE_SCHEDULE, *OF_THE_UPDATE, *OF_WHAT_IS_TRAINED)
+# What runs had that began before there was the setting; of others nothing is known.
+BEFORE: dict[str, Any] = {"ema_decay": None, "lora_rank": None, "freeze": []}
+CHANGEABLE = (
+    *OF_THE_ORDER,
+    *OF_THE_SCHEDULE,
+    *OF_THE_UPDATE,
+    "data",
+    "template",
+    "tokenizer",
+    "decay",
+    "rows_per_step",
+)
 
 
 def identity(data: PreparedData, *, rows_per_step: int, world_size: int, decay: int | None) -> dict[str, Any]:
@@ -56,6 +68,7 @@ def differences(
         yield f"data: {settings.sft_data_dir} holds other data than the run was started with"
     for name in SETTINGS:
         value = getattr(settings, name)
+        value = list(value) if isinstance(value, tuple) else value  # as a checkpoint has it
         was = then.get(name, BEFORE.get(name, value))
         if name not in allowed and was != value:
             yield f"{name}: the run was started with {was}, not with {value}"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.adapting import kept_parameters
 from sft.batches import TrainLoader
 from sft.calibration import StepTime, measure_step
 from sft.checkpoint import FEWEST_WHILE_TRAINING
@@ -182,7 +183,7 @@ def disk_lines(settings: Any, model: Any, steps: int) -> Iterator[str]:
 def checkpoint_bytes(model: Any, *, with_moments: bool = True, with_average: bool = False) -> int:
     """The file of a checkpoint: parameters, their moving average, and of the optimizer two moments and a count each."""
     size, tensors = CHECKPOINT_BYTES, 0
-    for parameter in model.parameters():
+    for _, parameter in kept_parameters(model):
         moments, average = (parameter.requires_grad and saved for saved in (with_moments, with_average))
         size += parameter.nbytes * (1 + 2 * moments + average)
         tensors += 1 + 3 * moments + average

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from sft import huggingface
+from sft import huggingface, peft_format
 from sft.checkpoint import read_checkpoint
 from sft.ema import Weights
 from sft.errors import UserError, listed
@@ -60,6 +60,13 @@ class Pretrained:
     fields: dict[str, Any]  # of the architecture, as plain values
     tensors: Mapping[str, MappedTensor | StoredTensor]  # by the file's names
     table: NameTable | None  # how ours are made of them; None = the names are ours
+    adapters: Mapping[str, Any] | None = None  # of tensors that are adapters: "lora" and "base", as the file has them
+
+    @property
+    def is_of_unknown_base(self) -> bool:
+        """Whether it is of adapters that do not tell by a hash which their base is."""
+        base = None if self.adapters is None else self.adapters["base"]
+        return not isinstance(base, dict) or base.get("sha256") is None
 
     def weights(self, shapes: Mapping[str, tuple[int, ...]], device: str | torch.device, dtype: torch.dtype) -> dict:
         """Each of our tensors, of exactly these shapes, in memory of its own; one at a time passes through the CPU.
@@ -102,7 +109,7 @@ class Pretrained:
 
 
 def open_pretrained(path: Path, *, verify: bool = True, weights: Weights = "model") -> Pretrained:
-    """A Hugging Face folder, a checkpoint file, or a folder with a ckpt.pt. Raises UserError for anything else.
+    """A Hugging Face or PEFT folder, a checkpoint file, or a folder with a ckpt.pt. UserError for anything else.
 
     `verify` compares the checksums of a checkpoint, as read_checkpoint does. `weights`: of a checkpoint that holds a
     moving average beside them, which ones.
@@ -119,6 +126,9 @@ def open_pretrained(path: Path, *, verify: bool = True, weights: Weights = "mode
         tensors = {_with_prefix(name, config): stored[name] for name in stored if not THEIR_BUFFERS.search(name)}
         _refuse_too_many_layers(path, fields, tensors)
         return Pretrained(path, fields, tensors, huggingface.name_table(fields))
+    if peft_format.is_peft_folder(path) and weights == "model":
+        adapters, stored = peft_format.read(path)
+        return Pretrained(path, {}, stored, table=None, adapters=adapters)
     return _open_checkpoint(checkpoint_file(path), verify=verify, weights=weights)
 
 
@@ -165,6 +175,9 @@ def _open_checkpoint(path: Path, *, verify: bool, weights: Weights) -> Pretraine
         if name in tensors:
             raise UserError(f"{path}: holds {name} twice, with and without a wrapper's prefix")
         tensors[name] = MappedTensor(tensor)
+    if "lora" in content:
+        adapters = {"lora": content["lora"], "base": content.get("base")}
+        return Pretrained(path, fields, tensors, table=None, adapters=adapters)
     _refuse_too_many_layers(path, fields, tensors)
     return Pretrained(path, fields, tensors, table=None)
 

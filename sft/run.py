@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sft.adapting import kept_state
 from sft.batches import StepBatch, TrainLoader
 from sft.checkpoint import name_again, save_checkpoint
 from sft.collector import QuietCollector
@@ -52,6 +53,7 @@ class Run:
         constants: Mapping[str, Any],
         wrap: Callable[[nn.Module], nn.Module],
         watch: StepWatch,
+        balance_weight: float = 0.0,
         ema: MovingAverage | None = None,
         asked_to_stop: Callable[[], bool] = lambda: False,
         trace: StepTrace | None = None,
@@ -67,9 +69,10 @@ class Run:
         self.training_flops = training_flops
         self.out_dir, self.keep_checkpoints, self.save_optimizer = out_dir, keep_checkpoints, save_optimizer
         self.constants = constants
-        self.local_loss = SummedLoss(model, autocast_dtype=autocast_dtype, loss=loss)
+        weight = balance_weight / loader.micro_steps  # DDP averages over ranks, this over micro-batches
+        self.local_loss = SummedLoss(model, autocast_dtype=autocast_dtype, loss=loss, balance_weight=weight)
         self.loss_module = wrap(self.local_loss)
-        self.progress = Progress(world)
+        self.progress = Progress(world, self.local_loss.router_load)
         self.collector = QuietCollector()
         self.watch, self.asked_to_stop, self.trace = watch, asked_to_stop, trace
         self.ema = ema
@@ -103,7 +106,7 @@ class Run:
         """From here on steps are timed, batches made ahead, and garbage is collected at milestones only."""
         steps = self.loader.steps(self.iter_num, rows_seen=self.rows_seen, end=self.journal.steps, order=self.order)
         self.ahead = Ahead(steps, device=self.world.device)
-        self.progress.count_recompiled()
+        self.progress.begin()
         self.collector.start()
         if self.trace is not None:  # after the collector, which never frees a cycle that was there before
             self.trace.start(pause=self.progress.clock_stopped, tell=self._tell_of_trace)
@@ -220,7 +223,7 @@ class Run:
             )
         content = {
             **self.constants,
-            "model": self.model.state_dict(),
+            "model": kept_state(self.model),
             **({"ema": averages} if self.ema else {}),
             **({"optimizer": self.optimizer.state_dict()} if self.save_optimizer else {}),
             "iter_num": self.iter_num,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sft.continuity import CHANGEABLE
-from sft.hub import is_name
 
 # names of numbers, their range in words, and the range
 RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
@@ -15,8 +14,9 @@ RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("max_iters max_epochs learning_rate lr_decay_iters grad_clip", "above 0", lambda value: value > 0),
     ("eval_interval eval_rows log_interval save_interval keep_checkpoints", "above 0", lambda value: value > 0),
     ("max_skipped_steps spike_sigma hang_timeout ddp_bucket_mb", "above 0", lambda value: value > 0),
+    ("lora_rank lora_alpha", "above 0", lambda value: value > 0),
     ("seed min_lr warmup_iters weight_decay log_save_seconds", "0 or more", lambda value: value >= 0),
-    ("dropout beta1 beta2 ema_decay", "at least 0 and below 1", lambda value: 0 <= value < 1),
+    ("dropout beta1 beta2 ema_decay lora_dropout", "at least 0 and below 1", lambda value: 0 <= value < 1),
     ("seed", "below 2**63", lambda value: value < 2**63),
     ("block_size max_epochs hang_timeout", "at most ten million", lambda value: value <= 10**7),
 )
@@ -32,6 +32,13 @@ def contradictions(settings: Any) -> Iterator[tuple[str, str]]:
         yield "rows_per_step", "rows_per_step already decides gradient_accumulation_steps; set one of the two"
     if settings.skip_spikes and settings.spike_sigma is None:
         yield "skip_spikes", "skip_spikes needs spike_sigma, which says what a spike is"
+    if settings.lora_rank is not None and settings.checkpoint_path is None:
+        yield "lora_rank", "lora_rank needs checkpoint_path: adapters belong to a base that was trained"
+    for name in ("train_embeddings", "lora_dora"):
+        if getattr(settings, name) and settings.lora_rank is None:
+            yield name, f"{name} needs lora_rank; without it everything is trained that freeze does not name"
+    if not settings.lora_targets:
+        yield "lora_targets", "lora_targets must name linear layers; '*' is all of them"
     for name in settings.allow_change:
         if name not in CHANGEABLE:
             yield "allow_change", f"allow_change: {name!r} is not among {', '.join(CHANGEABLE)}"
@@ -41,9 +48,8 @@ def wrong_places(settings: Any) -> Iterator[tuple[str, str]]:
     """Of files and folders."""
     if (settings.checkpoint_path is None) == (settings.model is None):
         yield "checkpoint_path", "set checkpoint_path or model: one of the two, the other none"
-    path = settings.checkpoint_path
-    if path is not None and not os.path.exists(path) and not is_name(path):
-        yield "checkpoint_path", f"checkpoint_path {path!r} does not exist"
+    if settings.checkpoint_path is not None and not os.path.exists(settings.checkpoint_path):
+        yield "checkpoint_path", f"checkpoint_path {settings.checkpoint_path!r} does not exist"
     if not settings.out_dir:
         yield "out_dir", "out_dir must name a folder"
     if not os.path.isdir(settings.sft_data_dir):
