@@ -25,6 +25,8 @@ from sft.config import Resolved, fingerprint, load_settings, to_dict
 from sft.ema import MovingAverage
 from sft.errors import Preempted, UserError, run_program
 from sft.evaluation import Validation
+from sft.experts import balance_weight
+from sft.fetching import with_local_base
 from sft.journal import Journal
 from sft.lora import Scaling
 from sft.loss import LossKernel
@@ -51,7 +53,7 @@ class TrainSettings:
 
     sft_data_dir: str  # a folder that prepare_sft.py wrote
     out_dir: str  # where checkpoints and run_*.json go
-    checkpoint_path: str | None = None  # the model to start from: a ckpt_*.pt file or a Hugging Face folder
+    checkpoint_path: str | None = None  # the model to start from: a ckpt_*.pt, a Hugging Face folder or hub name
     model: str | dict[str, Any] | None = None  # or from scratch: a preset's name or a dict of architecture fields
     run_name: str | None = None  # a name for the run log; None = the name of out_dir
     seed: int = 1337  # decides the order of the rows, dropout, and a new model's weights
@@ -74,6 +76,7 @@ class TrainSettings:
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
     ema_decay: float | None = None  # keep and evaluate a moving average: 0.999 is of about 1,000 steps; None = none
     grad_clip: float | None = 1.0  # largest global gradient norm; None = no clipping
+    router_aux_loss_coef: float | None = None  # weight of experts' load-balancing loss; None = as the model says
     dropout: float = 0.0  # on embeddings, attention probabilities and residual branches
 
     lora_rank: int | None = None  # train adapters of this rank, and keep the base as it is; None = all is trained
@@ -147,8 +150,8 @@ def main(argv: list[str]) -> None:
 
 
 def train(resolved: Resolved[TrainSettings], world: World, watchdog: Watchdog) -> None:
-    """The whole run on one rank: lock, start, memory, run."""
-    settings = resolved.settings
+    """The whole run on one rank: base, lock, start, memory, run."""
+    resolved, settings = with_local_base(resolved, world)
     with OutDirLock(Path(settings.out_dir)) as lock:
         start = make_sure(
             settings, world, lock, load=partial(load_base, settings, world), build=partial(build_model, settings, world)
@@ -353,6 +356,7 @@ def build_run(resolved: Resolved[TrainSettings], start: Start, journal: Journal,
         ),
         journal=journal,
         training_flops=partial(training_flops, model),
+        balance_weight=balance_weight(settings.router_aux_loss_coef, model),
         out_dir=out_dir,
         keep_checkpoints=settings.keep_checkpoints,
         save_optimizer=settings.save_optimizer,

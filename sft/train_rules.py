@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sft.continuity import CHANGEABLE
+from sft.hub import is_name
 
 # names of numbers, their range in words, and the range
 RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
@@ -48,8 +49,9 @@ def wrong_places(settings: Any) -> Iterator[tuple[str, str]]:
     """Of files and folders."""
     if (settings.checkpoint_path is None) == (settings.model is None):
         yield "checkpoint_path", "set checkpoint_path or model: one of the two, the other none"
-    if settings.checkpoint_path is not None and not os.path.exists(settings.checkpoint_path):
-        yield "checkpoint_path", f"checkpoint_path {settings.checkpoint_path!r} does not exist"
+    path = settings.checkpoint_path
+    if path is not None and not os.path.exists(path) and not is_name(path):
+        yield "checkpoint_path", f"checkpoint_path {path!r} does not exist"
     if not settings.out_dir:
         yield "out_dir", "out_dir must name a folder"
     if not os.path.isdir(settings.sft_data_dir):
