@@ -22,8 +22,11 @@ PARTS_OF_LLAMA = {
     "ffn.w_gate": ("mlp.gate_proj",),
     "ffn.w_value": ("mlp.up_proj",),
     "ffn.w_out": ("mlp.down_proj",),
+    "ffn.fc1": ("mlp.fc1",),
+    "ffn.fc2": ("mlp.fc2",),
 }
 PARTS_OF_GPT2 = {
+    **{ours: theirs for ours, theirs in PARTS_OF_LLAMA.items() if ours.startswith("ffn.w_")},
     "attn.c_attn": ("attn.c_attn",),
     "attn.c_q": ("attn.c_q",),
     "attn.c_kv": ("attn.c_kv",),
@@ -62,14 +65,13 @@ class Adapted(NamedTuple):
     base: Base | None
 
 
-def is_gpt2(model: Any) -> bool:
-    """Whether its parts have GPT-2's names, in which queries, keys and values are one."""
-    return any(hasattr(block.ffn, "fc1") for block in model.blocks)
-
-
 def places(model: Any) -> list[Place]:
-    """Every part of a linear layer of the blocks, in order; a mixture of experts has none."""
-    parts, stem = (PARTS_OF_GPT2, "transformer.h") if is_gpt2(model) else (PARTS_OF_LLAMA, "model.layers")
+    """Every part of a linear layer of the blocks, in order; a mixture of experts has none.
+
+    As in sft/huggingface.py, learned positions give a model GPT-2's names, in which queries, keys and values are one.
+    """
+    is_gpt2 = model.pos_encoding is not None
+    parts, stem = (PARTS_OF_GPT2, "transformer.h") if is_gpt2 else (PARTS_OF_LLAMA, "model.layers")
     found = []
     for i, block in enumerate(model.blocks):
         layers = dict(block.named_modules())

@@ -142,6 +142,11 @@ def is_hugging_face_folder(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
+def is_model_folder(path: Path) -> bool:
+    """Whether it is of a model or of adapters as others save them, which tell nothing of a run."""
+    return is_hugging_face_folder(path) or peft_format.is_peft_folder(path)
+
+
 def checkpoint_file(path: Path) -> Path:
     """The file itself, or the newest of a run's folder. Raises UserError for a folder without one."""
     if not path.is_dir():

@@ -19,7 +19,7 @@ from sft.continuity import differences
 from sft.errors import UserError, listed
 from sft.files import copy_whole, remove_partials, write_whole
 from sft.out_dir_lock import OutDirLock
-from sft.pretrained import checkpoint_file, is_hugging_face_folder
+from sft.pretrained import checkpoint_file, is_model_folder
 from sft.tokenizer import load_tokenizer
 
 ResumeChoice = Literal["auto", "never", "required"]
@@ -165,7 +165,7 @@ def refuse_other_tokenizer(source: Path | None, data: PreparedData, *, allowed: 
     theirs = None
     if source is None or "tokenizer" in allowed:
         return
-    if not is_hugging_face_folder(source):
+    if not is_model_folder(source):
         theirs = read_checkpoint(checkpoint_file(source), verify=False).get("tokenizer_fingerprint")
     elif (source / "tokenizer.json").is_file():
         theirs = load_tokenizer(source).fingerprint

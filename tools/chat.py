@@ -20,7 +20,7 @@ from sft.conversation import BadRecord, Message, text_of
 from sft.ema import Weights
 from sft.errors import UserError, run_program
 from sft.generate import stream
-from sft.pretrained import checkpoint_file, is_hugging_face_folder
+from sft.pretrained import checkpoint_file, is_model_folder
 from sft.templates import TemplateName, template_in
 from sft.tokenizer import Tokenizer, load_tokenizer
 
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
 def load_model_and_tokenizer(path: Path, settings: ChatSettings) -> tuple[ConfigurableGPT, Tokenizer]:
     """The model of a checkpoint and the tokenizer it was trained with; UserError where they do not belong together."""
     trained_with, evaluated = None, None  # a Hugging Face folder does not say
-    if not is_hugging_face_folder(path):
+    if not is_model_folder(path):
         content = read_checkpoint(checkpoint_file(path), verify=False)  # load_pretrained will
         trained_with, evaluated = content.get("tokenizer_fingerprint"), content.get("eval_weights")
     beside = path if path.is_dir() else path.parent
