@@ -16,6 +16,7 @@ from sft.chatml import prompt_ids
 from sft.conversation import Message, ToolCall
 from sft.errors import UserError, listed
 from sft.generate import GeneratingModel, generate
+from sft.peft_format import CONFIG, is_peft_folder
 from sft.pretrained import open_pretrained
 from sft.templates import TemplateName, generation_prompt
 from sft.tokenizer import Tokenizer
@@ -91,15 +92,7 @@ def transformers_differ(
 
     `ours` is the folder's model as our importer reads it, in float32, on the CPU.
     """
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-    except ImportError as error:
-        raise UserError(f"--verify needs transformers ({error}): pip install transformers") from error
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    library = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    library, theirs = in_transformers(folder)
     problems = [*_other_ids(library, tokenizer, template)]
     say(f"verified  ids of {len(CASES) if template else len(PLAIN_PROMPTS)} texts in Transformers")
     difference, largest = logits_apart(ours, theirs, vocabulary=ours.head_weight.shape[0])
@@ -111,6 +104,28 @@ def transformers_differ(
     say(f"verified  greedy answers to {len(prompts)} prompts")
     if problems:
         raise listed(f"{folder}: Transformers disagrees:", problems)
+
+
+def in_transformers(folder: Path) -> tuple[Any, Any]:
+    """The tokenizer and the model of a folder, in float32; of adapters the model that they make of their base."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+        from transformers.utils import logging
+    except ImportError as error:
+        raise UserError(f"--verify needs transformers ({error}): pip install transformers") from error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    library = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not is_peft_folder(folder):
+        return library, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UserError(f"--verify of adapters needs peft ({error}): pip install peft") from error
+    base = json.loads((folder / CONFIG).read_bytes())["base_model_name_or_path"]
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True)
+    plain.generation_config = GenerationConfig.from_pretrained(folder)  # the base's may stop elsewhere
+    return library, PeftModel.from_pretrained(plain, str(folder)).eval()
 
 
 def _prompts(tokenizer: Tokenizer, template: TemplateName | None) -> list[list[int]]:
@@ -152,7 +167,7 @@ def logits_apart(ours: GeneratingModel, theirs: Any, *, vocabulary: int) -> tupl
     """The largest difference of two models' logits on random ids, and the largest logit."""
     length = min(LONGEST_ROW, ours.position_limit or LONGEST_ROW)
     ids = torch.randint(vocabulary, (ROWS, length), generator=torch.Generator().manual_seed(0))
-    expected = theirs(ids).logits
+    expected = theirs(input_ids=ids).logits
     found = F.linear(ours.hidden_states(ids), ours.head_weight)
     return (found - expected).abs().max().item(), expected.abs().max().item()
 
@@ -167,7 +182,7 @@ def _other_texts(
         return
     for number, prompt in enumerate(prompts, 1):
         (found,) = generate(ours, [prompt], max_new_tokens=MOST_NEW_TOKENS, stop_ids=stops)
-        answer = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=MOST_NEW_TOKENS)
+        answer = theirs.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=MOST_NEW_TOKENS)
         expected = answer[0, len(prompt) :].tolist()
         stopped = bool(expected) and expected[-1] in stops
         expected = expected[:-1] if stopped else expected

@@ -23,6 +23,7 @@ class Facts(NamedTuple):
     family: str
     parameters: int
     dtype: str
+    adapters: bool  # alone, without the model that they change
     source: Path  # the checkpoint
     notes: Sequence[str]  # what was done to its tensors
     template: str | None
@@ -38,7 +39,7 @@ def readme_text(facts: Facts, log: Mapping[str, Any]) -> str:
     parts = [
         FRONT_MATTER,
         f"# {_cell(name)}",
-        f"{facts.family}, {facts.parameters:,} parameters in {facts.dtype}, exported from `{facts.source.name}`. "
+        f"{_what(facts)}, exported from `{facts.source.name}`. "
         + (f"It was fine-tuned from {_cell(_shown(base))}." if base else "Its base is not on record."),
         *([f"On the way out: {'; '.join(facts.notes)}."] if facts.notes else []),
         _use(facts),
@@ -47,6 +48,14 @@ def readme_text(facts: Facts, log: Mapping[str, Any]) -> str:
         *_section("Settings", ("setting", "value"), [(name, _shown(value)) for name, value in settings.items()]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _what(facts: Facts) -> str:
+    if facts.adapters:
+        return (
+            f"Adapters in PEFT's format, for a {facts.family} model that has {facts.parameters:,} parameters with them"
+        )
+    return f"{facts.family}, {facts.parameters:,} parameters in {facts.dtype}"
 
 
 def newest_log(folder: Path) -> dict[str, Any]:

@@ -62,8 +62,13 @@ def half_layout(name: str, tensor: Tensor, fields: Fields) -> Tensor:
     turned = {"c_q": queries, "c_kv": keys, "c_attn": queries + keys, "q_norm": C, "k_norm": C}.get(part)
     if turned is None:
         return tensor
-    heads = tensor[:turned].unflatten(0, (-1, C // 2, 2))  # (heads, pairs, 2, ...)
-    return torch.cat([heads.transpose(1, 2).flatten(0, 2), tensor[turned:]])
+    return torch.cat([half_rows(tensor[:turned], head_size=C), tensor[turned:]])
+
+
+def half_rows(rows: Tensor, *, head_size: int) -> Tensor:
+    """The rows of whole heads with the first of all pairs before the second of all."""
+    heads = rows.unflatten(0, (-1, head_size // 2, 2))  # (heads, pairs, 2, ...)
+    return heads.transpose(1, 2).flatten(0, 2)
 
 
 def plan_shards(table: NameTable, *, dtype: torch.dtype, most_bytes: float) -> dict[str, list[Stored]]:

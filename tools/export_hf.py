@@ -14,10 +14,12 @@ from torch import Tensor
 from model_builder import ConfigurableGPT, load_pretrained
 from model_config import ModelArchitectureConfig, parameter_count
 from sft import export_tokenizer
+from sft.adapting import merge_adapters
 from sft.checkpoint import read_checkpoint
 from sft.config import load_settings
 from sft.ema import Weights
 from sft.errors import EXIT_FAILED, UserError, listed, run_program
+from sft.export_adapters import base_for_peft, write_adapters
 from sft.export_config import Expression, complete, config_json, expressed, meaning
 from sft.export_folder import refuse_folder, whole_folder
 from sft.export_proof import refuse_other_bits, transformers_differ
@@ -25,6 +27,7 @@ from sft.export_readme import Facts, newest_log, readme_text
 from sft.export_weights import converted, plan_shards, write_json, write_shards
 from sft.files import write_whole
 from sft.huggingface import name_table
+from sft.peft_format import is_peft_folder
 from sft.pretrained import checkpoint_file, is_hugging_face_folder, open_pretrained
 from sft.templates import JINJA_NAME, TemplateName, jinja_file
 from sft.tokenizer import END_OF_TEXT, IM_END, Tokenizer, load_tokenizer
@@ -38,6 +41,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
     dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights
+    lora: Literal["merged", "apart"] = "merged"  # adapters: within the weights, or alone in PEFT's format, in fp32
+    base: str | None = None  # with lora=apart, what PEFT loads beneath; None = the base, if it is a Hugging Face folder
     shard_gb: float = 5.0  # the largest file of weights, in 10**9 bytes
     weights: Weights | None = None  # of a run with ema_decay: model or ema; None = what its evaluations saw, ema
     tokenizer: str | None = None  # tokenizer.json, *.tiktoken or their folder; None = beside the checkpoint
@@ -48,6 +53,8 @@ class ExportSettings:
     def contradictions(self) -> Iterator[tuple[str, str]]:
         if not self.shard_gb > 0:
             yield "shard_gb", f"shard_gb must be above 0, not {self.shard_gb}"
+        if self.base is not None and self.lora == "merged":
+            yield "base", "base is told to PEFT: it needs lora=apart"
 
 
 class Source(NamedTuple):
@@ -61,6 +68,11 @@ class Source(NamedTuple):
     parameters: int
     tokenizer: Tokenizer
     template: TemplateName | None
+
+    @property
+    def end(self) -> str:
+        """The token after which there is nothing more: of an answer, or of a document."""
+        return IM_END if self.template else END_OF_TEXT
 
 
 def main(argv: list[str]) -> None:
@@ -81,23 +93,29 @@ def main(argv: list[str]) -> None:
         say(f"weights   {AVERAGED}")
     if source.template is None:
         say(f"template  none: there is no {JINJA_NAME} beside the checkpoint; --template= adds one")
-    model = load_pretrained(source.path, dtype=DTYPES[settings.dtype], weights=source.weights)
+    model = load_model(source, settings)
     with whole_folder(out) as folder:
-        size = write_export(folder, source, expression, model, settings)
+        if settings.lora == "apart":
+            base = base_for_peft(model, settings.base)
+            size = write_adapters(folder, model, base=base, fields=source.fields, expression=expression)
+        else:
+            size = write_model(folder, source, expression, model, settings)
+        write_beside(folder, source, expression, settings)
         if settings.verify:
             prove_in_transformers(folder, source)
-    say(f"written   {out}: {size / 1e9:.3g} GB of weights in {settings.dtype}, read back bit for bit")
+    dtype = "fp32" if settings.lora == "apart" else settings.dtype
+    say(f"written   {out}: {size / 1e9:.3g} GB of weights in {dtype}, read back bit for bit")
 
 
 def open_source(path: Path, settings: ExportSettings) -> Source:
     """What is known before any weight is read; UserError where the parts do not belong together."""
     content: dict[str, Any] = {}
-    if not is_hugging_face_folder(path):
+    if not (is_hugging_face_folder(path) or is_peft_folder(path)):
         path = checkpoint_file(path)
         content = read_checkpoint(path, verify=False)  # load_pretrained will
     folder = path if path.is_dir() else path.parent
     weights: Weights = settings.weights or ("ema" if content.get("eval_weights") == "ema" else "model")
-    config = ModelArchitectureConfig.from_dict(open_pretrained(path, verify=False, weights=weights).fields)
+    config = architecture_of(path, weights)
     tokenizer = load_tokenizer(settings.tokenizer or folder)
     if content.get("tokenizer_fingerprint") not in (None, tokenizer.fingerprint):
         raise UserError(f"{tokenizer.path}: not the tokenizer that {path} was trained with; see --tokenizer=")
@@ -106,6 +124,29 @@ def open_source(path: Path, settings: ExportSettings) -> Source:
         raise UserError(f"{tokenizer.path}: not this model's tokenizer: it has {sizes}")
     template = settings.template or template_beside(folder)
     return Source(path, folder, content, weights, all_fields(config), parameter_count(config), tokenizer, template)
+
+
+def architecture_of(path: Path, weights: Weights) -> ModelArchitectureConfig:
+    source = open_pretrained(path, verify=False, weights=weights)
+    if source.adapters is not None:  # which may leave it to their base
+        return load_pretrained(path, device="meta", verify=False, weights=weights).config
+    try:
+        return ModelArchitectureConfig.from_dict(source.fields)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def load_model(source: Source, settings: ExportSettings) -> ConfigurableGPT:
+    """The model in the dtype that is written; adapters are merged in float32 and rounded once, or stay apart."""
+    dtype = DTYPES[settings.dtype]
+    if open_pretrained(source.path, verify=False, weights=source.weights).adapters is None:
+        return load_pretrained(source.path, dtype=dtype, weights=source.weights)
+    model = load_pretrained(source.path, dtype=torch.float32, weights=source.weights)
+    if settings.lora == "apart":
+        return model
+    say(f"lora      {len(model.adapted.lora.targets) if model.adapted else 0} adapters are merged with their base")
+    merge_adapters(model)
+    return model.to(dtype)
 
 
 def all_fields(config: ModelArchitectureConfig) -> dict[str, Any]:
@@ -130,23 +171,29 @@ def template_beside(folder: Path) -> TemplateName | None:
     raise UserError(f"{path}: is none of {', '.join(names)}; say with --template= which one the model was trained with")
 
 
-def write_export(
+def write_model(
     folder: Path, source: Source, expression: Expression, model: ConfigurableGPT, settings: ExportSettings
 ) -> int:
-    """Fill the folder and read it back; the bytes of the weights."""
+    """Write the config and the weights, and read them back; the bytes of the weights."""
     tokenizer, dtype = source.tokenizer, DTYPES[settings.dtype]
-    end = IM_END if source.template else END_OF_TEXT
-    ids = {"eos_id": tokenizer.control[end], "pad_id": tokenizer.pad}
+    ids = {"eos_id": tokenizer.control[source.end], "pad_id": tokenizer.pad}
     write_json(folder / "config.json", config_json(expression, dtype=str(dtype).removeprefix("torch."), **ids))
     table = name_table(expression.fields)
     tensor_of = converted(dict(model.named_parameters()), source.fields, expression, table)
     shards = plan_shards(table, dtype=dtype, most_bytes=settings.shard_gb * 1e9)
     size = write_shards(folder, shards, table, tensor_of, dtype=dtype)
-    write_tokenizer(folder, source, end)
+    refuse_another_model(folder, expression, tensor_of)
+    return size
+
+
+def write_beside(folder: Path, source: Source, expression: Expression, settings: ExportSettings) -> None:
+    """Write what is no weight: the tokenizer, its chat template, where to stop, and the README."""
+    write_tokenizer(folder, source)
     facts = Facts(
         family=expression.family.name,
         parameters=source.parameters,
         dtype=settings.dtype,
+        adapters=settings.lora == "apart",
         source=source.path,
         notes=[*expression.notes, *([AVERAGED] if source.weights == "ema" else [])],
         template=source.template,
@@ -154,16 +201,14 @@ def write_export(
         content=source.content,
     )
     write_text(folder / "README.md", readme_text(facts, newest_log(source.folder)))
-    refuse_another_model(folder, expression, tensor_of)
-    return size
 
 
-def write_tokenizer(folder: Path, source: Source, end: str) -> None:
+def write_tokenizer(folder: Path, source: Source) -> None:
     tokenizer = source.tokenizer
     written = export_tokenizer.tokenizer_json(tokenizer)
     write_whole(folder / "tokenizer.json", lambda file: file.write(written))
     config = export_tokenizer.tokenizer_config(
-        tokenizer, written, block_size=source.fields["block_size"], ends_with=end
+        tokenizer, written, block_size=source.fields["block_size"], ends_with=source.end
     )
     write_json(folder / "tokenizer_config.json", config)
     write_json(folder / "generation_config.json", export_tokenizer.generation_config(tokenizer))
