@@ -11,12 +11,21 @@ from sft.packing import PACKING_VERSION
 # Settings that decide which numbers come out; all others decide how fast, how often, or where.
 OF_THE_ORDER = ("seed", "block_size")
 OF_THE_SCHEDULE = ("learning_rate", "min_lr", "lr_schedule", "warmup_iters")
-OF_THE_UPDATE = ("weight_decay", "beta1", "beta2", "grad_clip", "dropout", "skip_spikes", "ema_decay")
+OF_THE_UPDATE = (
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "grad_clip",
+    "dropout",
+    "skip_spikes",
+    "ema_decay",
+    "router_aux_loss_coef",
+)
 OF_THE_ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_scaling", "lora_dora")
 OF_WHAT_IS_TRAINED = (*OF_THE_ADAPTERS, "train_embeddings", "freeze")  # which the optimizer's state is of: it stays
 SETTINGS = (*OF_THE_ORDER, *OF_THE_SCHEDULE, *OF_THE_UPDATE, *OF_WHAT_IS_TRAINED)
 # What runs had that began before there was the setting; of others nothing is known.
-BEFORE: dict[str, Any] = {"ema_decay": None, "lora_rank": None, "freeze": []}
+BEFORE: dict[str, Any] = {"ema_decay": None, "router_aux_loss_coef": None, "lora_rank": None, "freeze": []}
 CHANGEABLE = (
     *OF_THE_ORDER,
     *OF_THE_SCHEDULE,

@@ -7,11 +7,13 @@ as in Transformers: E times the sum over experts of (share of tokens that chose 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sft.errors import UserError
 
 # Shapes: N tokens, n = N * k of them with one expert each, E experts, D width, F inner width of an expert.
 
@@ -30,6 +32,57 @@ def load_balancing_loss(routings: Sequence[Routing]) -> Tensor:
     chosen = torch.stack([each.chosen for each in routings]).sum(0) / tokens
     probability = torch.stack([each.probability for each in routings]).sum(0) / tokens
     return len(chosen) * (chosen * probability).sum()
+
+
+def balance_weight(setting: float | None, model: Any) -> float:
+    """The weight of the load-balancing loss: the setting, else what the model says; 0 without experts.
+
+    UserError for a setting that can have no effect.
+    """
+    if RouterLoad.of(model) is not None:
+        return model.config.router_aux_loss_coef if setting is None else setting
+    if setting is not None:
+        raise UserError("router_aux_loss_coef is for a mixture of experts, and this model is none; leave it out")
+    return 0.0
+
+
+class RouterLoad:
+    """What the routers of a model have done since they were last asked: sums on the device, which nothing waits for."""
+
+    def __init__(self, blocks: int, experts: int, device: torch.device):
+        self.chosen = torch.zeros(blocks, experts, dtype=torch.float64, device=device)  # how often each expert was
+        self.balance = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the losses of batches; batches
+
+    @classmethod
+    def of(cls, model: nn.Module) -> RouterLoad | None:
+        """None for a model without experts."""
+        routers = [module.router for module in model.modules() if isinstance(module, MixtureOfExperts)]
+        return cls(len(routers), len(routers[0].weight), routers[0].weight.device) if routers else None
+
+    @torch.no_grad()
+    def add(self, routings: Sequence[Routing], loss: Tensor) -> None:
+        self.chosen += torch.stack([each.chosen for each in routings])
+        self.balance += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+
+    def take(self) -> Tensor:
+        """All sums in one row; they begin again at 0."""
+        sums = torch.cat([self.chosen.flatten(), self.balance])
+        self.chosen.zero_()
+        self.balance.zero_()
+        return sums
+
+    def record(self, sums: Sequence[float]) -> dict[str, float | int]:
+        """What a log record tells of such sums: loads are in shares of an even one, so that 1 is even and 0 is idle."""
+        *chosen, loss, batches = sums
+        blocks, experts = self.chosen.shape
+        rows = [chosen[block * experts : (block + 1) * experts] for block in range(blocks)]
+        loads = [count * experts / (sum(row) or 1) for row in rows for count in row]
+        return {
+            "balance_loss": loss / (batches or 1),
+            "least_load": min(loads),
+            "largest_load": max(loads),
+            "idle_experts": loads.count(0),
+        }
 
 
 class MixtureOfExperts(nn.Module):

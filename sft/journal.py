@@ -47,8 +47,10 @@ class Journal:
         grad_norm: float,
         order: bytes,
         flops: float,
+        router: Mapping[str, float] | None = None,
     ) -> None:
-        """One record for the steps since the last: means over their trained tokens, rates over their time."""
+        """One record for the steps since the last: means over their trained tokens, rates over their time; `router`
+        is of a model with experts."""
         tokens_per_second = totals.tokens / totals.seconds
         record: dict[str, Any] = {
             "iter": iter_num,
@@ -67,6 +69,8 @@ class Journal:
             "skipped": totals.skipped,
             "order": order.hex(),
         }
+        if router is not None:
+            record["router"] = dict(router)
         self.seconds += totals.seconds
         self.stall_seconds += totals.stall_seconds
         self.recompiled += totals.recompiled

@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sft.batches import Batch
+from sft.experts import RouterLoad
 from sft.speed import compiled_graphs
 from sft.world import World
 
@@ -28,6 +29,7 @@ class Totals:
     tokens: int = 0
     attended_pairs: int = 0
     skipped: int = 0  # steps after which the optimizer did not move; loss_sum and target_weight are of the others
+    router_sums: list[float] = field(default_factory=list)  # RouterLoad's, of a model with experts
     recompiled: int = 0  # graphs that torch.compile has made after the warm-up
     seconds: float = 0.0  # of this process, in steps alone
     stall_seconds: float = 0.0  # the part of them in which it waited for a batch, or told of earlier steps
@@ -41,8 +43,8 @@ class Totals:
 class Progress:
     """Sums of the steps since the last record, and the time that they took (evaluation and saving not counted)."""
 
-    def __init__(self, world: World):
-        self.world = world
+    def __init__(self, world: World, router_load: RouterLoad | None = None):
+        self.world, self.router_load = world, router_load
         self.totals = Totals()
         # this rank's loss sum; the target weights of all ranks, and the steps left out
         self._loss_sum, self._target_weight, self._skipped = torch.zeros(3, dtype=torch.float64, device=world.device)
@@ -69,8 +71,10 @@ class Progress:
         graphs = compiled_graphs()
         recompiled = 0 if self._graphs is None else graphs - self._graphs
         counts = torch.tensor([*self._counts, recompiled], dtype=torch.float64, device=self.world.device)
-        of_all = self.world.sum(torch.cat([self._loss_sum.reshape(1), counts]))
-        joined = torch.cat([of_all, torch.stack([self._target_weight, self._skipped])]).tolist()
+        routers = [] if self.router_load is None else [self.router_load.take()]
+        of_all = self.world.sum(torch.cat([self._loss_sum.reshape(1), counts, *routers]))
+        numbers = torch.cat([of_all, torch.stack([self._target_weight, self._skipped])]).tolist()
+        joined, router_sums = [*numbers[:5], *numbers[-2:]], numbers[5:-2]
         self._read_clock()  # after the device read: the queued work has been done
         self.totals.loss_sum += joined[0]
         self.totals.trained_tokens += int(joined[1])
@@ -79,6 +83,8 @@ class Progress:
         self.totals.recompiled += int(joined[4])
         self.totals.target_weight += joined[5]
         self.totals.skipped += int(joined[6])
+        earlier = self.totals.router_sums or [0.0] * len(router_sums)
+        self.totals.router_sums = [a + b for a, b in zip(earlier, router_sums, strict=True)]
         for each in (self._loss_sum, self._target_weight, self._skipped):
             each.zero_()
         self._counts = [0, 0, 0]
@@ -97,9 +103,11 @@ class Progress:
         self._wait()
         self._clock = time.perf_counter()
 
-    def count_recompiled(self) -> None:
-        """What torch.compile makes on any rank from here on counts as recompiled."""
+    def begin(self) -> None:
+        """What torch.compile makes on any rank from here on counts as recompiled, and the warm-up's routes are gone."""
         self._graphs = compiled_graphs()
+        if self.router_load is not None:
+            self.router_load.take()
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:

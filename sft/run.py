@@ -151,6 +151,7 @@ class Run:
                 grad_norm=self.grad_norm.item(),
                 order=self.order,
                 flops=self.training_flops(totals),
+                router=load.record(totals.router_sums) if (load := self.progress.router_load) else None,
             )
             self.collector.collect()
 

@@ -12,6 +12,7 @@ from sft import start_checks, startup
 from sft.arrays import PreparedData
 from sft.attention_choice import Attention, Heads, choose_attention
 from sft.course import Course, chart_course
+from sft.experts import balance_weight
 from sft.findings import Findings
 from sft.loss import Loss, choose_loss
 from sft.out_dir_lock import OutDirLock
@@ -65,6 +66,7 @@ def make_sure(
     found.on_main(lambda: startup.refuse_to_grow(base(), resume_path(), data()))
     model = found.together(lambda: build(data(), base()))
     found.on_main(lambda: start_checks.refuse_full_disk(settings, model(), course().steps, saved(), say=world.print))
+    found.together(lambda: balance_weight(settings.router_aux_loss_coef, model()))
     loss = found.together(lambda: _loss(settings, world, model()))
     attention = found.together(lambda: _attention(settings, world, model(), course()))
     found.settle()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sft.batches import Batch
+from sft.experts import RouterLoad, Routing, load_balancing_loss
 from sft.loss import Loss, choose_loss
 from sft.phases import phase
 from sft.step_facts import Judge, Judgement
@@ -22,9 +23,18 @@ class SummedLoss(nn.Module):
     The model is a module with `hidden_states(ids, positions, documents, places=)` and `head_weight`.
     """
 
-    def __init__(self, model: Any, *, autocast_dtype: torch.dtype | None = None, loss: Loss | None = None):
-        """`loss` None: the fastest that there is for where the model is now."""
+    def __init__(
+        self,
+        model: Any,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        loss: Loss | None = None,
+        balance_weight: float = 0.0,
+    ):
+        """`loss` None: the fastest that there is for where the model is now. `balance_weight`: of a batch's
+        load-balancing loss, where the model has experts; it is in the gradient, not in the sum."""
         super().__init__()
+        self.router_load, self.balance_weight = RouterLoad.of(model), balance_weight
         self.model = model
         self.autocast_dtype = autocast_dtype  # None: compute in the dtype of the parameters
         weight = model.head_weight
@@ -38,9 +48,23 @@ class SummedLoss(nn.Module):
         if batch.dropout_seed is not None:
             torch.manual_seed(batch.dropout_seed)
         device = batch.input_ids.device.type
+        routings: list[Routing] = []
+        more = {"routings": routings} if self.router_load is not None and self.model.training else {}
         with torch.autocast(device, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            hidden = self.model.hidden_states(batch.input_ids, batch.positions, batch.documents, places=batch.trained)
-            return self.loss.sum(hidden, self.model.head_weight, batch, grad_scale=grad_scale)
+            inputs = batch.input_ids, batch.positions, batch.documents
+            hidden = self.model.hidden_states(*inputs, places=batch.trained, **more)
+            loss = self.loss.sum(hidden, self.model.head_weight, batch, grad_scale=grad_scale)
+        return self._balanced(loss, routings, grad_scale) if routings else loss
+
+    def _balanced(self, loss: Tensor, routings: list[Routing], grad_scale: float) -> Tensor:
+        """The same number, whose gradient is also that of the load-balancing loss."""
+        balance = load_balancing_loss(routings)
+        assert self.router_load is not None
+        self.router_load.add(routings, balance)
+        if not self.balance_weight:
+            return loss
+        weighted = balance * (self.balance_weight / grad_scale)  # by which the caller multiplies
+        return loss + (weighted - weighted.detach()).to(loss.dtype)
 
 
 class StepResult(NamedTuple):

@@ -16,7 +16,11 @@ RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("eval_interval eval_rows log_interval save_interval keep_checkpoints", "above 0", lambda value: value > 0),
     ("max_skipped_steps spike_sigma hang_timeout ddp_bucket_mb", "above 0", lambda value: value > 0),
     ("lora_rank lora_alpha", "above 0", lambda value: value > 0),
-    ("seed min_lr warmup_iters weight_decay log_save_seconds", "0 or more", lambda value: value >= 0),
+    (
+        "seed min_lr warmup_iters weight_decay log_save_seconds router_aux_loss_coef",
+        "0 or more",
+        lambda value: value >= 0,
+    ),
     ("dropout beta1 beta2 ema_decay lora_dropout", "at least 0 and below 1", lambda value: 0 <= value < 1),
     ("seed", "below 2**63", lambda value: value < 2**63),
     ("block_size max_epochs hang_timeout", "at most ten million", lambda value: value <= 10**7),
