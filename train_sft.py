@@ -22,6 +22,7 @@ from sft.announcement import Plan, announce
 from sft.arrays import PreparedData
 from sft.attention_choice import AttentionChoice
 from sft.config import Resolved, fingerprint, load_settings, to_dict
+from sft.control_rows import UntrainedRows
 from sft.ema import MovingAverage
 from sft.errors import Preempted, UserError, run_program
 from sft.evaluation import Validation
@@ -99,6 +100,7 @@ class TrainSettings:
     allow_change: tuple[str, ...] = ()  # what a resumed run may have other than before, by name: learning_rate,data
     max_skipped_steps: int = 10  # steps in a row without a finite loss and gradient, after which the run gives up
     spike_sigma: float | None = 6.0  # standard deviations above which a loss or gradient norm is told of; None = never
+    untrained_rows: UntrainedRows = "keep"  # of a base's control tokens; mean = begin as the mean of all other rows
     skip_spikes: bool = False  # such a step does not move the weights
     hang_timeout: float = 1800.0  # seconds without progress of a rank after which all ranks end, with their stacks
 
@@ -182,8 +184,7 @@ def carry_out(
             journal.log = world.together(lambda: open_log(resolved) if world.is_main else None)
             watchdog.last_words = journal.last_words
             announce(run, plan_of(settings, run, start), start.attention, kept)
-            if start.saved is None and settings.checkpoint_path is not None:
-                start_checks.doubt_base(run, settings.checkpoint_path)
+            start_checks.doubt(run, settings, start.untrained_rows, begins=start.saved is None)
             loop(settings, run, steps=steps)
         except BaseException as error:
             run.close(status_after(error, watchdog))

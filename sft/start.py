@@ -11,6 +11,7 @@ import torch
 from sft import start_checks, startup
 from sft.arrays import PreparedData
 from sft.attention_choice import Attention, Heads, choose_attention
+from sft.control_rows import Row
 from sft.course import Course, chart_course
 from sft.experts import balance_weight
 from sft.findings import Findings
@@ -29,6 +30,7 @@ class Start(NamedTuple):
     model: Any  # on its device
     loss: Loss
     attention: Attention
+    untrained_rows: list[Row]  # of a base, sft/control_rows.py
 
 
 def make_sure(
@@ -70,7 +72,9 @@ def make_sure(
     loss = found.together(lambda: _loss(settings, world, model()))
     attention = found.together(lambda: _attention(settings, world, model(), course()))
     found.settle()
-    return Start(data(), resume_path(), saved(), course(), model(), loss(), attention())
+    begins = resume_path() is None
+    rows = world.together(lambda: start_checks.untrained_rows(settings, model(), data().meta, begins=begins))
+    return Start(data(), resume_path(), saved(), course(), model(), loss(), attention(), rows)
 
 
 def _dtype(settings: Any, world: World, model: Any) -> torch.dtype:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sft import dry_run
+from sft import control_rows, dry_run
+from sft.control_rows import Row
 from sft.errors import EXIT_FAILED, UserError
 from sft.memory import gib
 from sft.run import Run
@@ -85,6 +86,36 @@ def doubt_base(run: Run, source: str) -> None:
     )
     run.world.print(f"warning  {sentence}")
     run.journal.event("strange_base", loss=loss, limit=limit, sentence=sentence)
+
+
+def untrained_rows(settings: Any, model: Any, meta: Mapping[str, Any], *, begins: bool) -> list[Row]:
+    """The control tokens' rows of a base that seem untrained, where a run `begins` with one; mended where asked for."""
+    if settings.checkpoint_path is None or not begins or settings.dry_run:
+        return []
+    rows = control_rows.strange_rows(model, meta)
+    if settings.untrained_rows == "mean":
+        control_rows.begin_with_mean(model, meta, rows)
+    return rows
+
+
+def doubt(run: Run, settings: Any, rows: Sequence[Row], *, begins: bool) -> None:
+    """Warn of a base, where a run `begins` with one, that does not fit; `rows` are those that seem untrained."""
+    if begins and settings.checkpoint_path is not None:
+        doubt_base(run, settings.checkpoint_path)
+    if rows:
+        doubt_rows(run, settings, rows)
+
+
+def doubt_rows(run: Run, settings: Any, rows: Sequence[Row]) -> None:
+    """Warn where a base seems not to know the tokens of a conversation."""
+    sentence = control_rows.told(
+        rows,
+        source=settings.checkpoint_path,
+        begins_with_mean=settings.untrained_rows == "mean",
+        are_trained=all(part.requires_grad for part in control_rows.parts_of(run.model).values()),
+    )
+    run.world.print(f"warning  {sentence}")
+    run.journal.event("untrained_rows", rows=[row._asdict() for row in rows], sentence=sentence)
 
 
 @torch.no_grad()

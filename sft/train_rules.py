@@ -39,6 +39,8 @@ def contradictions(settings: Any) -> Iterator[tuple[str, str]]:
         yield "skip_spikes", "skip_spikes needs spike_sigma, which says what a spike is"
     if settings.lora_rank is not None and settings.checkpoint_path is None:
         yield "lora_rank", "lora_rank needs checkpoint_path: adapters belong to a base that was trained"
+    if settings.untrained_rows == "mean" and settings.lora_rank is not None and not settings.train_embeddings:
+        yield "untrained_rows", "untrained_rows=mean needs train_embeddings: adapters are saved without the base's rows"
     for name in ("train_embeddings", "lora_dora"):
         if getattr(settings, name) and settings.lora_rank is None:
             yield name, f"{name} needs lora_rank; without it everything is trained that freeze does not name"
