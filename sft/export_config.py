@@ -250,7 +250,8 @@ def _qwen3_moe_config(fields: Fields) -> dict[str, Any]:
         "num_experts_per_tok": fields["num_experts_per_tok"],
         "moe_intermediate_size": fields["expert_d_ff"],
         "norm_topk_prob": fields["norm_topk_prob"],
-        "router_aux_loss_coef": fields["router_aux_loss_coef"],
+        # Servers have no use for the router's logits; without a coefficient of its own, training has the usual one.
+        **({"router_aux_loss_coef": coefficient} if (coefficient := fields["router_aux_loss_coef"]) else {}),
         "output_router_logits": False,
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(fields["dense_layers"]),

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -5,6 +6,8 @@ import pytest
 from model_config import PRESETS, ModelArchitectureConfig
 from sft.errors import UserError
 from sft.export_config import complete, config_json, expressed, meaning
+from sft.families import architecture_fields
+from sft.huggingface import read_config
 from tests.tiny import tiny_config
 
 GPT2 = {
@@ -15,6 +18,7 @@ GPT2 = {
     "num_key_value_heads": 4,
     "qk_norm": False,
 }
+ROTATION = {"rope_scaling", "torch_dtype", "dtype"}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "expert_d_ff": 16}
 
 
@@ -119,6 +123,21 @@ def test_a_config_tells_the_same_to_older_and_newer_readers():
     assert config["layer_types"] == ["full_attention", "sliding_attention"]
     assert (config["use_sliding_window"], config["sliding_window"], config["max_window_layers"]) == (True, 9, 1)
     assert (config["eos_token_id"], config["pad_token_id"], config["bos_token_id"]) == (2, 0, None)
+
+
+@pytest.mark.oracle
+def test_published_and_recorded_models_go_out_as_they_came_in(shared: Path):
+    folders = [path.parent for path in (shared / "oracles").glob("**/config.json")]
+    assert len(folders) >= 10
+    for folder in folders:
+        published = read_config(folder)
+        fields = fields_of(ModelArchitectureConfig.from_dict(architecture_fields(published)))
+        expression = expressed(fields)
+        assert (expression.family.model_type, expression.notes) == (published["model_type"], []), folder
+        config = config_json(expression, dtype="float32", eos_id=None, pad_id=None)
+        assert meaning(fields_of(ModelArchitectureConfig.from_dict(architecture_fields(config)))) == meaning(fields)
+        told = set(config) & set(published) - {"bos_token_id", "eos_token_id", "max_window_layers", "use_cache"}
+        assert {name: config[name] for name in told - ROTATION} == {name: published[name] for name in told - ROTATION}
 
 
 def test_architectures_mean_the_same_exactly_if_they_compute_the_same():
