@@ -74,6 +74,10 @@ class Pretrained:
         shapes leaves out a tied head; the file may still hold one. Raises UserError with every missing, unexpected
         or wrong-shaped tensor.
         """
+        if self.adapters is not None:
+            raise UserError(
+                f"{self.path}: holds adapters of a model, not the model; export it merged with its base first"
+            )
         table = self.table or {name: (Piece(name, shape),) for name, shape in shapes.items()}
         assert table.keys() == shapes.keys()
         self._check(table)
@@ -164,7 +168,7 @@ def _open_checkpoint(path: Path, *, verify: bool, weights: Weights) -> Pretraine
     if weights == "ema":
         if not isinstance(content.get("ema"), dict):
             raise UserError(f"{path}: {NO_AVERAGE}")
-        state = {**state, **content["ema"]}  # what is frozen has no average
+        state = {name: content["ema"].get(name, state[name]) for name in state}  # what is frozen has no average
     # Files that do not say how rotary pairs lie come from a project that only knew interleaved ones.
     fields = {"rope_layout": "interleaved", **fields}
     fields = {name: value for name, value in fields.items() if name not in FOREIGN_FIELDS}

@@ -56,32 +56,31 @@ def record_of(path: Path) -> Base:
 
 def base_of(source: Pretrained, *, verify: bool) -> Path:
     """Where the base of these adapters is; UserError where it is not, or, if `verify`, where it is another now."""
-    path, _ = _location(source, verify=verify)
+    path = _location(source, verify=verify)
     chain = [source.path, path]
     while len(chain) <= LONGEST_CHAIN:
         inner = open_pretrained(chain[-1], verify=False)
         if inner.adapters is None:
             return path
-        chain.append(_location(inner, verify=False)[0])
+        chain.append(_location(inner, verify=False))
     raise UserError(f"{source.path}: its base has a base, and so on: more than {LONGEST_CHAIN} of them")
 
 
-def _location(source: Pretrained, *, verify: bool) -> tuple[Path, str | None]:
+def _location(source: Pretrained, *, verify: bool) -> Path:
     assert source.adapters is not None
     base = source.adapters["base"]
     told = base.get("path") if isinstance(base, dict) else None
     if not isinstance(told, str) or not told.isprintable() or not told:
-        raise UserError(f"{source.path}: does not tell which base its adapters belong to; {_remedy(source)}") from None
-    expected = base.get("sha256") if verify else None
-    changed = []
-    for path in _candidates(source, base, told):
-        if not path.exists():
-            continue
-        if expected is None:
-            return path, None
+        raise UserError(f"{source.path}: does not tell which base its adapters belong to; {_remedy(source)}")
+    expected, changed = base.get("sha256"), []
+    there = {path.resolve(): path for path in reversed([*_candidates(source, base, told)]) if path.exists()}
+    for path in reversed(there.values()):
+        # of several each process must take the same, whether it is to verify or not
+        if expected is None or (not verify and len(there) == 1):
+            return path
         found = sha256_of(open_pretrained(path, verify=False))
         if found == expected:
-            return path, found
+            return path
         changed.append(f"{path} has other weights now (sha256 {found[:12]}, then {str(expected)[:12]})")
     if changed:
         raise listed(f"{source.path}: its adapters do not belong to what is there; {_remedy(source)}", changed)
