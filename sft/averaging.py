@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from torch import Tensor
 from sft.checkpoint import read_checkpoint
 from sft.ema import Weights
 from sft.errors import UserError, listed
-from sft.pretrained import MappedTensor, Pretrained, checkpoint_file, is_hugging_face_folder, open_pretrained
+from sft.huggingface import pieces_of
+from sft.pretrained import Pretrained, checkpoint_file, is_hugging_face_folder, open_pretrained
+from sft.tokenizer import load_tokenizer
 
 AT_ONCE = 1 << 24  # numbers of a tensor that are added up in float64 at a time
 NO_SHAPE = ("dropout", "attention_dropout", "residual_dropout")  # fields that say how a run trained
@@ -36,10 +39,21 @@ class Member:
     def fields(self) -> dict[str, Any]:
         return self.pretrained.fields
 
-    def tensor(self, name: str) -> Tensor:
-        stored = self.pretrained.tensors[name]
-        assert isinstance(stored, MappedTensor)
-        return stored.read()
+    @property
+    def file(self) -> Path:
+        """What is one and the same, whatever its names: the checkpoint, or the folder."""
+        return self.path if is_hugging_face_folder(self.path) else checkpoint_file(self.path)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor of our name, mapped where the file has it as it is."""
+        stored, table = self.pretrained.tensors, self.pretrained.table
+        if table is None:
+            return stored[name].read()
+        parts = [stored[piece.name].read() for piece in table[name]]
+        whole = torch.empty(shape, dtype=parts[0].dtype)
+        for (_, place), part in zip(pieces_of(whole, table[name]), parts, strict=True):
+            place.copy_(part)
+        return whole
 
 
 def parse_share(text: str) -> tuple[Path, float]:
@@ -57,17 +71,19 @@ def parse_share(text: str) -> tuple[Path, float]:
 
 
 def open_member(path: Path, share: float, *, weights: Weights) -> Member:
-    """A checkpoint, verified. Raises UserError for what is none, and for one of adapters."""
-    if is_hugging_face_folder(path):
-        raise UserError(f"{path}: is a Hugging Face folder; only checkpoints (ckpt_*.pt) can be averaged")
+    """A checkpoint, verified, or a Hugging Face folder. Raises UserError for what is neither, and for adapters."""
     pretrained = open_pretrained(path, weights=weights)
-    content = read_checkpoint(checkpoint_file(path), verify=False)
-    if "lora" in content or any(".adapters." in name for name in pretrained.tensors):
+    if pretrained.adapters is not None:
         raise UserError(
             f"{path}: holds adapters (LoRA), and the product of two means is not the mean of the products; merge each "
-            "checkpoint into its base first"
+            "into its base with tools/export_hf.py, and average the folders"
         )
-    return Member(path, share, content, pretrained)
+    if not is_hugging_face_folder(path):
+        return Member(path, share, read_checkpoint(checkpoint_file(path), verify=False), pretrained)
+    told = {}
+    with contextlib.suppress(UserError):  # without one, or with one of no use to us, the folder does not tell
+        told["tokenizer_fingerprint"] = load_tokenizer(path).fingerprint
+    return Member(path, share, told, pretrained)
 
 
 def refuse_strangers(members: Sequence[Member], architectures: Sequence[Mapping[str, Any]]) -> None:
@@ -91,7 +107,7 @@ def refuse_strangers(members: Sequence[Member], architectures: Sequence[Mapping[
         raise listed("these checkpoints cannot be averaged:", problems)
 
 
-def mean_weights(members: Sequence[Member], names: Collection[str]) -> dict[str, Tensor]:
+def mean_weights(members: Sequence[Member], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The mean of each tensor by the members' shares, computed in float64, in the widest of their types.
 
     One tensor is in memory twice, the others once. Raises UserError that names every one with a number that is not
@@ -99,8 +115,8 @@ def mean_weights(members: Sequence[Member], names: Collection[str]) -> dict[str,
     """
     result: dict[str, Tensor] = {}
     odd: list[str] = []
-    for name in names:
-        tensors = [member.tensor(name) for member in members]
+    for name, shape in shapes.items():
+        tensors = [member.tensor(name, shape) for member in members]
         result[name] = weighted_mean(tensors, [member.share for member in members])
         if not bool(torch.isfinite(result[name]).all()):
             odd += [f"{path}: {name}" for path in _not_finite(members, tensors) or ["the mean"]]
@@ -143,7 +159,7 @@ def told(members: Sequence[Member]) -> dict[str, Any]:
 def _named_twice(members: Sequence[Member]) -> Iterator[str]:
     seen: dict[tuple[int, int], Path] = {}
     for member in members:
-        found = checkpoint_file(member.path).stat()
+        found = member.file.stat()
         before = seen.setdefault((found.st_dev, found.st_ino), member.path)
         if before is not member.path:
             yield f"{member.path}: is the same file as {before}; name it once, with a larger share"

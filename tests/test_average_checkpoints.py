@@ -13,6 +13,7 @@ from sft.averaging import weighted_mean
 from sft.checkpoint import read_checkpoint, save_checkpoint
 from sft.errors import UserError
 from sft.seal import MARK
+from tests.test_hub import hugging_face_folder
 from tests.tiny import tiny_model
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from tools import average_checkpoints, chat
@@ -78,6 +79,19 @@ def test_a_mean_of_one_is_that_one_and_can_be_its_moving_average(tmp_path):
         assert torch.equal(value, load_pretrained(path).state_dict()[name]), name
     for name, value in load_pretrained(tmp_path / "ema.pt").state_dict().items():
         assert torch.equal(value, ema[name]), name
+
+
+def test_folders_of_hugging_face_are_averaged_too(tmp_path, capsys):
+    models = [tiny_model(seed=seed, vocab_size=600) for seed in (1, 2)]
+    for seed, model in enumerate(models, start=1):
+        hugging_face_folder(tmp_path / f"{seed}", model)
+        save_tiny_tokenizer(tmp_path / f"{seed}")
+    out = tmp_path / "mean" / "ckpt.pt"
+    average(out, f"--checkpoints={tmp_path / '1'}:3,{tmp_path / '2'}:1")
+    one, two = (dict(model.named_parameters()) for model in models)
+    for name, value in load_pretrained(out).named_parameters():
+        torch.testing.assert_close(value, 0.75 * one[name] + 0.25 * two[name])
+    chat.main([str(out), "--prompt=the cat", "--max_new_tokens=1", "--device=cpu"])
 
 
 def test_the_last_of_a_run_are_the_newest_whatever_other_names_they_have(tmp_path):
@@ -172,10 +186,13 @@ class TestRefusals:
         )
 
     def test_adapters(self, tmp_path, first):
-        content = torch.load(first, weights_only=True)
-        content["model"]["blocks.0.attn.c_q.adapters.q_proj.A"] = torch.zeros(2, 2)
+        content = {**torch.load(first, weights_only=True), "lora": {"rank": 2}, "base": {"path": str(first)}}
         torch.save(content, tmp_path / "b" / "lora.pt")
-        refused(r"lora\.pt: holds adapters", tmp_path / "mean.pt", f"--checkpoints={tmp_path / 'b' / 'lora.pt'}")
+        refused(
+            r"lora\.pt: holds adapters .* merge each into its base with tools/export_hf",
+            tmp_path / "mean.pt",
+            f"--checkpoints={tmp_path / 'b' / 'lora.pt'}",
+        )
 
     def test_a_damaged_one(self, tmp_path, first):
         content = bytearray(first.read_bytes())

@@ -13,7 +13,7 @@ from huggingface_hub import errors
 
 import prepare_sft
 import train_sft
-from model_builder import load_pretrained
+from model_builder import ConfigurableGPT, load_pretrained
 from sft import fetching, hub
 from sft.errors import UserError
 from sft.world import World
@@ -48,19 +48,18 @@ class FakeHub:
         blobs.mkdir(parents=True)
         self.folder.mkdir(parents=True)
         tokenizer = save_tiny_tokenizer(self.cache)
-        model = hugging_face_folder(self.cache / "made")
+        model = hugging_face_folder(self.cache / "made", tiny_model(vocab_size=600))
         for number, path in enumerate([tokenizer, *sorted(model.iterdir())]):
             shutil.copy(path, blobs / f"{number:040d}")
             (self.folder / path.name).symlink_to(Path("../../blobs") / f"{number:040d}")
 
 
-def hugging_face_folder(folder: Path) -> Path:
-    """A tiny Qwen3 as it is published."""
+def hugging_face_folder(folder: Path, model: ConfigurableGPT) -> Path:
+    """A tiny Qwen3 as they are published."""
     from safetensors.torch import save_file
 
     from sft.huggingface import name_table
 
-    model = tiny_model(vocab_size=600)
     folder.mkdir()
     shape = model.config
     config = {

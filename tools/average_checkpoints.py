@@ -32,7 +32,7 @@ USAGE = "python tools/average_checkpoints.py OUT.pt [--name=value ...]"
 class AverageSettings:
     """Which checkpoints, all of one architecture and one tokenizer, become one."""
 
-    checkpoints: tuple[str, ...] = ()  # files, each with its share of the mean after a colon, else 1: a.pt:0.7,b.pt:0.3
+    checkpoints: tuple[str, ...] = ()  # files or Hugging Face folders, each with its share of the mean: a.pt:2,b.pt:1
     last: int | None = None  # or the newest so many of the run in out_dir, with equal shares
     out_dir: str | None = None  # where last looks for them
     weights: Weights = "model"  # of each checkpoint: model = those that were trained, ema = their moving average
