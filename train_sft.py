@@ -286,9 +286,8 @@ def build_model(
         raise UserError(f"block_size {settings.block_size} is beyond the {limit} positions that the model has learned")
     if grows := model.vocab_size < data.meta["vocab_size"]:
         model.grow_vocabulary(data.meta["vocab_size"], say=world.print)
-    begins, halves = settings.lora_rank and model.adapted is None, settings.autocast_dtype(world.device) is not None
-    path = settings.checkpoint_path if begins and world.is_main and not settings.dry_run else None
-    of = saved_adapters.record_of(Path(path)) if path is not None else None
+    of = saved_adapters.base_of_run(settings, model) if world.is_main else None
+    halves = settings.autocast_dtype(world.device) is not None
     adapting.make_trainable(model, settings, base=of, half=halves, grew=grows, say=world.print)
     model.set_dropout(settings.dropout)
     if settings.compiles(world.device):

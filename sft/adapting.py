@@ -193,8 +193,8 @@ def keep_frozen_in(model: Any, dtype: torch.dtype) -> None:
 
     What passes the embedding is widened, so that the residual stream has the precision that it has without adapters.
     """
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.dim() >= 2:
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and parameter.dim() >= 2 and ADAPTERS_OF not in name:
             parameter.data = parameter.data.to(dtype)
     if model.token_embeddings.weight.dtype == dtype:
         model.token_embeddings.register_forward_hook(widened)

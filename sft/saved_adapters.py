@@ -49,8 +49,11 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
-def record_of(path: Path) -> Base:
-    """What a checkpoint of adapters tells of this base."""
+def base_of_run(settings: Any, model: Any) -> Base | None:
+    """What a run's checkpoints will tell of the base, where it begins with adapters of one."""
+    if settings.lora_rank is None or model.adapted is not None or settings.dry_run:
+        return None
+    path = Path(settings.checkpoint_path)
     return Base(os.path.abspath(path), sha256_of(open_pretrained(path, verify=False)))
 
 
