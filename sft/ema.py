@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +52,12 @@ class MovingAverage:
         """The averages under the names of the parameters; those of one tied tensor share theirs."""
         return {name: self._averages[parameter] for name, parameter in self._places}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_state(self, state: Any) -> None:
         """Go on from these averages. Raises UserError where they are not of this model's trained parameters."""
         own = self.state()
-        odd = [name for name in {**own, **state} if name not in own or name not in state]
-        odd += [name for name, average in own.items() if name in state and state[name].shape != average.shape]
-        if odd:
+        state = state if isinstance(state, dict) else {}
+        odd = [name for name in {**own, **state} if name not in own or not isinstance(state.get(name), Tensor)]
+        if odd := odd or [name for name, average in own.items() if state[name].shape != average.shape]:
             raise UserError(f"the checkpoint's moving average does not fit the model ({odd[0]}); start afresh")
         for name, average in own.items():
             average.copy_(state[name])

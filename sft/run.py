@@ -258,8 +258,8 @@ class Run:
         `saved` is empty afterwards: while its tensors are mapped the file takes room on the disk, deleted or not.
         """
         restore_optimizer(self.optimizer, saved["optimizer"])
-        if self.ema is not None and "ema" in saved:  # else it was asked for after the save, and begins here
-            self.ema.load_state(saved["ema"])
+        if self.ema is not None and saved["config"].get("ema_decay") is not None:  # else it begins here
+            self.ema.load_state(saved.get("ema"))
         self.iter_num = saved["iter_num"]
         self.rows_seen = saved["rows_seen"]
         if "order" in saved:  # older checkpoints do not tell

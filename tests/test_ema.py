@@ -126,8 +126,8 @@ def test_an_interrupted_run_has_the_average_of_one_that_was_not(arguments, tmp_p
 
 
 def stop_after(step, write):
-    def writing(run, is_best):
-        result = write(run, is_best)
+    def writing(run, *arguments):
+        result = write(run, *arguments)
         if run.iter_num == step:
             raise KeyboardInterrupt
         return result
@@ -158,10 +158,26 @@ def test_a_run_from_before_there_were_averages_had_none(arguments, tmp_path):
     train_sft.main(arguments(**again))
 
 
+def test_a_checkpoint_that_has_lost_its_average_is_refused(arguments, tmp_path):
+    train_sft.main(arguments(ema_decay=0.5, max_iters=1))
+    path = tmp_path / "out" / "ckpt_000001.pt"
+    content = torch.load(path, weights_only=True)
+    del content["ema"]
+    torch.save(content, path)
+    with pytest.raises(UserError, match="the checkpoint's moving average does not fit the model"):
+        train_sft.main(arguments(ema_decay=0.5, max_iters=2, resume="required", allow_change="decay"))
+
+
 def test_an_average_of_another_model_is_refused():
     average = MovingAverage(tiny_model(), 0.5)
     state = average.state()
-    for odd in ({**state, "more": state["lm_head.weight"]}, {**state, "lm_head.weight": torch.zeros(2)}, {}):
+    for odd in (
+        {**state, "more": state["lm_head.weight"]},
+        {**state, "lm_head.weight": torch.zeros(2)},
+        {**state, "lm_head.weight": 1},
+        {},
+        None,
+    ):
         with pytest.raises(UserError, match="the checkpoint's moving average does not fit the model"):
             average.load_state(odd)
 
