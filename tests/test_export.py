@@ -28,7 +28,12 @@ FAMILIES = {
     "Qwen3 untied, windows": {"weight_tying": False, "sliding_window": 9, "sliding_layers": (1,), "rope_scaling": YARN},
     "Qwen3-MoE": {**EXPERTS, "norm_topk_prob": True, "dense_layers": (0,)},
     "Qwen2": {"qk_norm": False, "qkv_bias": True, "rope_layout": "interleaved"},
-    "Llama": {"qk_norm": False, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 32}},
+    "Llama": {
+        "qk_norm": False,
+        "norm_eps": 1e-3,
+        "rope_theta": 5e5,
+        "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 32},
+    },
     "Llama with biases": {"qk_norm": False, "bias": True, "num_key_value_heads": 4, "rope_layout": "interleaved"},
     "Mistral": {"qk_norm": False, "sliding_window": 9, "head_dim": 16, "weight_tying": False},
     "GPT-2": {**GPT2, "bias": True},
@@ -237,6 +242,22 @@ def test_a_folder_with_anything_in_it_is_replaced_only_on_request_and_only_if_it
     assert "which no export writes" in refused(checkpoint, tmp_path / "run", "--overwrite")
     assert "is no folder" in refused(checkpoint, out / "notes.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_what_a_kill_has_left_is_replaced_but_nothing_else(tmp_path: Path):
+    checkpoint = make_run(tmp_path / "run")
+    for name in ("out.partial", "out.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model-00001-of-00002.safetensors").touch()
+        (tmp_path / name / "config.json.partial").touch()
+    export(checkpoint, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "diary.txt").touch()
+    assert "out.partial: holds 'diary.txt', which no export writes" in refused(
+        checkpoint, tmp_path / "out", "--overwrite"
+    )
+    assert (tmp_path / "out.partial" / "diary.txt").exists()
 
 
 @pytest.mark.parametrize("step", [pytest.param("os.fsync", marks=pytest.mark.slow), "os.replace", "shutil.copymode"])
