@@ -177,7 +177,7 @@ def newest_checkpoint(
     folder, damaged = Path(folder), []
     for path in _candidates(folder):
         try:
-            read_checkpoint(path)
+            _refuse_other_number(path, read_checkpoint(path))
         except UserError as error:
             warn(f"warning: {error}")
             if isinstance(error, DamagedCheckpoint):
@@ -189,6 +189,13 @@ def newest_checkpoint(
     if numbered := numbered_checkpoints(folder):
         raise UserError(f"{folder}: none of its {len(numbered)} checkpoints can be read; start in another out_dir")
     return None
+
+
+def _refuse_other_number(path: Path, content: dict[str, Any]) -> None:
+    """Raise UserError for a file whose name tells another step than its content: it was copied or renamed."""
+    match, step = NUMBERED.fullmatch(path.name), content.get("iter_num")
+    if match is not None and type(step) is int and step != int(match[1]):
+        raise UserError(f"{path}: is of step {step}, whatever its name says; remove it, or give it its own name")
 
 
 def _candidates(folder: Path) -> Iterator[Path]:

@@ -34,8 +34,8 @@ CHANGEABLE = (
     "template",
     "tokenizer",
     "decay",
-    "rows_per_step",
 )
+GROUPS = {"schedule": (*OF_THE_SCHEDULE, "decay")}  # one name for several of them
 
 
 def identity(data: PreparedData, *, rows_per_step: int, world_size: int, decay: int | None) -> dict[str, Any]:
@@ -56,8 +56,10 @@ def differences(
 ) -> Iterator[str]:
     """What is not as in the run that wrote `saved`, in words; `now` is this run's identity.
 
-    Left out is what the caller allows, and what old checkpoints do not tell.
+    Left out is what the caller allows, and what old checkpoints do not tell. Another number of rows in a step is no
+    difference: the rows that come next are the same.
     """
+    allowed = {*allowed, *(name for group in allowed for name in GROUPS.get(group, ()))}
     # checkpoints of the first packing do not tell
     if (packing := saved.get("packing_version", 1)) != PACKING_VERSION:
         yield (
@@ -81,8 +83,6 @@ def differences(
         was = then.get(name, BEFORE.get(name, value))
         if name not in allowed and was != value:
             yield f"{name}: the run was started with {was}, not with {value}"
-    if saved.get("rows_per_step", now["rows_per_step"]) != now["rows_per_step"] and "rows_per_step" not in allowed:
-        yield f"rows_per_step: a step had {saved['rows_per_step']} rows, and would have {now['rows_per_step']}"
     if saved.get("decay", now["decay"]) != now["decay"] and "decay" not in allowed:
         yield (
             f"decay: the learning rate was to reach its end at step {saved['decay']}, not {now['decay']}; "

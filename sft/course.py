@@ -49,4 +49,6 @@ def chart_course(
     identity = continuity.identity(data, rows_per_step=rows, world_size=world.size, decay=settings.decay(steps))
     if saved is not None and resume_path is not None:
         refuse_another_run(resume_path, saved, settings, identity)
+        if (before := saved.get("rows_per_step", rows)) != rows:
+            world.print(f"resumed  a step had {before} rows until now, and has {rows} from here on; none is left out")
     return Course(loader, steps, identity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -16,6 +17,8 @@ EXIT_DIVERGED = 3  # too many steps in a row were not finite; repeating the comm
 EXIT_HUNG = 4  # a rank got no further for hang_timeout; the same command with --resume=auto goes on
 EXIT_PREEMPTED = 75  # stopped by a signal and saved; the same command with --resume=auto goes on
 EXIT_INTERRUPTED = 130  # stopped at once by a second Ctrl-C; what came after the last checkpoint is lost
+
+MAY_PASS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENFILE, errno.EMFILE, errno.ESTALE)  # what a disk says
 
 FIRST_SPEAKS_WITHIN_SECONDS = 10.0
 FIRST_SPEAKS_SOON_SECONDS = 1.0  # where all ranks end in order, and torchrun may be waiting for the last one
@@ -35,6 +38,11 @@ class Preempted(Exception):
 
 class PeerLost(Exception):
     """Another rank has gone, and this one cannot go on; it was said where, and why if that is known."""
+
+
+def status_of(error: OSError) -> int:
+    """The exit status of a refusal by the machine: whether the same command may succeed later."""
+    return EXIT_FAILED if error.errno in MAY_PASS else EXIT_BAD_INPUT
 
 
 def listed(headline: str, problems: Sequence[str]) -> UserError:

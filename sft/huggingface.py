@@ -133,6 +133,9 @@ def _gpt2_block(fields: Mapping[str, Any], i: int) -> NameTable:
 
 def pieces_of(tensor: Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
     """Each piece with the view of our tensor that it fills, as the file has it."""
+    if len(pieces) == 1 and pieces[0].shape == tensor.shape and not pieces[0].transposed:
+        yield pieces[0], tensor
+        return
     rows = tensor.flatten(0, -2) if tensor.dim() == 3 else tensor  # experts: all rows of one after those of another
     for piece, part in zip(pieces, rows.split([piece.rows for piece in pieces]), strict=True):
         yield piece, part.t() if piece.transposed else part

@@ -165,7 +165,7 @@ class Run:
         is_best = self.owes_evaluation and not stops and self.evaluate()
         stops = self.watch.stops and not (is_last and not self.owes_evaluation)
         if is_best or saves or stops:
-            self.save(is_best=is_best, must=stops or is_last)
+            self.save(is_best=is_best, must=stops or is_last, resumable=stops)
         if stops:
             raise Preempted(
                 f"stopped by a signal after step {self.iter_num} of {self.journal.steps}, and saved; the same command "
@@ -191,8 +191,8 @@ class Run:
         self.collector.collect()
         return is_best
 
-    def save(self, *, is_best: bool, must: bool) -> None:
-        """Join the sums of all ranks; the main rank writes a checkpoint.
+    def save(self, *, is_best: bool, must: bool, resumable: bool = False) -> None:
+        """Join the sums of all ranks; the main rank writes a checkpoint, with the optimizer if it must be `resumable`.
 
         Where it cannot be written the run goes on and tries again later, unless it `must` be: then UserError on all
         ranks. Weights that are not finite are never written: UserError, too.
@@ -200,7 +200,9 @@ class Run:
         self.progress.flush()
         best_before, self.best_val_loss = self.best_val_loss, self.val_loss if is_best else self.best_val_loss
         with phase("saving"):
-            path, problem = self.world.on_main(lambda: self._write_checkpoint(is_best))
+            path, problem = self.world.on_main(
+                lambda: self._write_checkpoint(is_best, self.save_optimizer or resumable)
+            )
         self.owes_saving = path is None
         if path is not None:
             self.journal.checkpoint(self.iter_num, path, best_by=self.eval_weights if is_best else None)
@@ -213,7 +215,7 @@ class Run:
                 )
         self.collector.collect()
 
-    def _write_checkpoint(self, is_best: bool) -> tuple[Path | None, str]:
+    def _write_checkpoint(self, is_best: bool, with_optimizer: bool) -> tuple[Path | None, str]:
         """The path, or None and why there is none."""
         averages = self.ema.state() if self.ema else {}
         if not all(bool(torch.isfinite(each).all()) for each in (*self.model.parameters(), *averages.values())):
@@ -226,7 +228,7 @@ class Run:
             **self.constants,
             "model": kept_state(self.model),
             **({"ema": averages} if self.ema else {}),
-            **({"optimizer": self.optimizer.state_dict()} if self.save_optimizer else {}),
+            **({"optimizer": self.optimizer.state_dict()} if with_optimizer else {}),
             "iter_num": self.iter_num,
             "rows_seen": self.rows_seen,
             "order": self.order.hex(),
@@ -312,6 +314,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
     for group, values in zip(optimizer.param_groups, chosen, strict=True):
         group.update(values)
         for parameter in group["params"]:
+            if state["state"] and not optimizer.state[parameter]:
+                raise UserError("the checkpoint's optimizer state lacks the moments of some parameters; start afresh")
             for name, moment in own(optimizer.state[parameter]).items():
                 if isinstance(moment, Tensor) and moment.dim() > 0 and moment.shape != parameter.shape:
                     shapes = f"{name} has shape {tuple(moment.shape)}, its parameter {tuple(parameter.shape)}"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sft.errors import EXIT_FAILED, UserError
+from sft.errors import EXIT_FAILED, UserError, status_of
 from sft.files import write_whole
 from sft.untrusted import read_json
 
@@ -269,7 +269,8 @@ def claim_path(out_dir: Path, started: datetime) -> Path:
                 return path
             partial_of(path).unlink()  # the other process has just written its first log
     except OSError as error:
-        raise UserError(f"out_dir {out_dir} cannot be written: {error.strerror}") from error
+        sentence = f"out_dir {out_dir} cannot be written: {error.strerror}"
+        raise UserError(sentence, exit_status=status_of(error)) from error
 
 
 def logs_of(out_dir: Path) -> list[tuple[Path, datetime]]:

@@ -13,7 +13,7 @@ from typing import Self
 from sft.errors import EXIT_INTERRUPTED
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_SECONDS = 1.0  # a launcher may pass on a Ctrl-C that its processes have had from the terminal: both are one
+SAME_SECONDS = 1.0  # torchrun passes on a Ctrl-C that its processes may have had from the terminal: both are one
 LOOK_SECONDS = 1.0  # between two looks after torchrun
 LAST_WORDS_SECONDS = 5.0  # for the log, once a second Ctrl-C has been pressed
 
@@ -27,6 +27,7 @@ class Presses:
 
     def __init__(self) -> None:
         self._first: float | None = None
+        self._same = SAME_SECONDS if started_by_torchrun() else 0.0
         # torchrun passes on the first Ctrl-C as SIGINT, the second as SIGTERM
         self._second = (signal.SIGINT, signal.SIGTERM) if started_by_torchrun() else (signal.SIGINT,)
 
@@ -34,7 +35,7 @@ class Presses:
         """Count a signal; True if it is another press than the first."""
         if number == signal.SIGINT and self._first is None:
             self._first = now
-        return self._first is not None and number in self._second and now - self._first > SAME_SECONDS
+        return self._first is not None and number in self._second and now - self._first > self._same
 
 
 class StopSignals:

@@ -47,10 +47,11 @@ def make_sure(
     What is large, and the same for all, the main rank examines.
     """
     writes, proves, limit = not settings.dry_run, world.is_main, settings.block_size
-    world.on_main(lambda: startup.enter_out_dir(lock, say=world.print, writes=writes))
     found = Findings(world)
+    entered = found.on_main(lambda: startup.enter_out_dir(lock, say=world.print, writes=writes))
     data = found.together(lambda: startup.open_training_data(settings.sft_data_dir, block_size=limit, proves=proves))
-    resume_path = found.on_main(lambda: startup.prepare_out_dir(lock, resume=settings.resume, writes=writes))
+    found.on_main(lambda: startup.refuse_swapped_tokenizer(data()))
+    resume_path = found.on_main(lambda: _resume_path(settings, lock, writes, entered()))
     saved = found.together(lambda: startup.read_saved_state(path) if (path := resume_path()) else None)
     course = found.together(lambda: chart_course(settings, world, data(), resume_path(), saved()))
 
@@ -75,6 +76,10 @@ def make_sure(
     begins = resume_path() is None
     rows = world.together(lambda: start_checks.untrained_rows(settings, model(), data().meta, begins=begins))
     return Start(data(), resume_path(), saved(), course(), model(), loss(), attention(), rows)
+
+
+def _resume_path(settings: Any, lock: OutDirLock, writes: bool, _: None) -> Path | None:
+    return startup.prepare_out_dir(lock, resume=settings.resume, writes=writes)
 
 
 def _dtype(settings: Any, world: World, model: Any) -> torch.dtype:

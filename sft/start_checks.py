@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +68,10 @@ def refuse_full_disk(
 
 def size_of_checkpoints(folder: Path) -> int:
     """Bytes of all checkpoints in a folder, those of two names counted once."""
-    found = [path.stat() for path in folder.glob("ckpt*.pt")]
+    found = []
+    for path in folder.glob("ckpt*.pt"):
+        with contextlib.suppress(OSError):  # a link that leads nowhere
+            found.append(path.stat())
     return sum({(each.st_dev, each.st_ino): each.st_size for each in found}.values())
 
 

@@ -6,9 +6,11 @@ import contextlib
 import errno
 import filecmp
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +18,11 @@ from sft import ledger
 from sft.arrays import AGAIN, PreparedData, damaged_files, open_prepared
 from sft.checkpoint import newest_checkpoint, numbered_checkpoints, read_checkpoint
 from sft.continuity import differences
-from sft.errors import UserError, listed
+from sft.errors import EXIT_BAD_INPUT, UserError, listed, status_of
 from sft.files import copy_whole, remove_partials, write_whole
 from sft.out_dir_lock import OutDirLock
 from sft.pretrained import checkpoint_file, is_model_folder
+from sft.progress import Totals
 from sft.tokenizer import load_tokenizer
 
 ResumeChoice = Literal["auto", "never", "required"]
@@ -30,6 +33,24 @@ NEEDED_TO_RESUME = (
     *("optimizer", "iter_num", "rows_seen", "trained_tokens_seen", "val_loss", "best_val_loss"),
     *("config", "data_fingerprint", "progress"),
 )
+
+
+def _counts(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_loss(value: Any) -> bool:
+    return value is None or type(value) is float
+
+
+# What a checkpoint may tell of how far it came. A sealed file with anything else was made by hand.
+SOUND: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("iter_num", "rows_seen", "trained_tokens_seen"), _counts),
+    **dict.fromkeys(("val_loss", "best_val_loss"), _is_loss),
+    **dict.fromkeys(("optimizer", "config", "watch"), lambda value: isinstance(value, dict)),
+    "progress": lambda value: isinstance(value, dict) and value.keys() <= {each.name for each in fields(Totals)},
+    "order": lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value) is not None,
+}
 
 
 def open_training_data(
@@ -102,7 +123,9 @@ def prepare_out_dir(
         else:
             _refuse_unwritable(out_dir)
     except OSError as error:
-        raise UserError(f"out_dir {out_dir}: cannot be written ({error.strerror}); choose another --out_dir") from error
+        remedy = "choose another --out_dir" if status_of(error) == EXIT_BAD_INPUT else "make room, or repair it"
+        sentence = f"out_dir {out_dir}: cannot be written ({error.strerror}); {remedy}"
+        raise UserError(sentence, exit_status=status_of(error)) from error
     numbered = [path for _, path in numbered_checkpoints(out_dir)]
     others = sorted(path.name for path in out_dir.glob("ckpt*.pt") if path not in numbered)
     if resume == "never" and numbered:
@@ -145,7 +168,7 @@ def read_saved_state(path: Path) -> dict[str, Any]:
             f"{path}: {kind}has no {', '.join(missing)}, so it cannot be resumed; start from it with "
             f"--checkpoint_path={path}"
         )
-    if odd := [key for key in ("optimizer", "config", "progress") if not isinstance(saved[key], dict)]:
+    if odd := [key for key, is_sound in SOUND.items() if key in saved and not is_sound(saved[key])]:
         raise UserError(f"{path}: its {', '.join(odd)} cannot be understood; use an earlier checkpoint")
     return saved
 
@@ -175,6 +198,16 @@ def refuse_other_tokenizer(source: Path | None, data: PreparedData, *, allowed: 
             f"{data.folder}: prepared with another tokenizer ({ours[:12]}) than {source} was trained with "
             f"({str(theirs)[:12]}); prepare it again with the tokenizer files beside that checkpoint, or say that the "
             "change is meant: --allow_change=tokenizer"
+        )
+
+
+def refuse_swapped_tokenizer(data: PreparedData) -> None:
+    """Raise UserError where the tokenizer in the folder of prepared data, which a run copies, did not prepare it."""
+    found, told = load_tokenizer(data.folder).fingerprint, data.meta["tokenizer_fingerprint"]
+    if found != told:
+        raise UserError(
+            f"{data.folder}: its tokenizer is not the one that it was prepared with ({found[:12]}, not {told[:12]}); "
+            f"{AGAIN}"
         )
 
 
@@ -214,7 +247,8 @@ def copy_tokenizer(data: PreparedData, out_dir: Path) -> None:
             if not _is_copy(out_dir / name, data.folder / name):
                 copy_whole(data.folder / name, out_dir / name)
         except OSError as error:
-            raise UserError(f"{data.folder / name}: cannot be copied to {out_dir} ({error.strerror})") from error
+            sentence = f"{data.folder / name}: cannot be copied to {out_dir} ({error.strerror})"
+            raise UserError(sentence, exit_status=status_of(error)) from error
 
 
 def _is_copy(path: Path, original: Path) -> bool:

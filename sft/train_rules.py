@@ -6,7 +6,7 @@ import os.path
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sft.continuity import CHANGEABLE
+from sft.continuity import CHANGEABLE, GROUPS
 from sft.hub import is_name
 
 # names of numbers, their range in words, and the range
@@ -47,8 +47,8 @@ def contradictions(settings: Any) -> Iterator[tuple[str, str]]:
     if not settings.lora_targets:
         yield "lora_targets", "lora_targets must name linear layers; '*' is all of them"
     for name in settings.allow_change:
-        if name not in CHANGEABLE:
-            yield "allow_change", f"allow_change: {name!r} is not among {', '.join(CHANGEABLE)}"
+        if name not in (*CHANGEABLE, *GROUPS):
+            yield "allow_change", f"allow_change: {name!r} is not among {', '.join((*CHANGEABLE, *GROUPS))}"
 
 
 def wrong_places(settings: Any) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,8 @@
 """What a run makes of its checkpoints: who verifies them, what is left out of them, what comes of a damaged one."""
 
+import os
+import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +12,8 @@ import torch
 import train_sft
 from model_builder import load_pretrained
 from sft import checkpoint, dry_run
-from sft.checkpoint import read_checkpoint
-from sft.errors import UserError
+from sft.checkpoint import read_checkpoint, save_checkpoint
+from sft.errors import Preempted, UserError
 from sft.run import Run
 from tests.launch import torchrun
 from tests.test_checkpoint import mapped_files, names
@@ -141,9 +144,71 @@ def test_one_checkpoint_is_kept_at_the_end_and_two_where_a_signal_ends_the_run(a
     assert found == ["ckpt_000002.pt", "ckpt_000003.pt"]
 
 
+def test_what_a_signal_has_saved_can_be_resumed_even_where_the_optimizer_is_not_wanted(
+    arguments, tmp_path, monkeypatch
+):
+    update = Run.update
+
+    def stopped(run: Run, **options) -> None:
+        update(run, **options)
+        if run.iter_num == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "update", stopped)
+        with pytest.raises(Preempted):
+            train_sft.main(arguments(save_optimizer=False))
+    train_sft.main(arguments(save_optimizer=False, resume="required"))
+    assert run_log(tmp_path / "out")["status"] == "finished"
+
+
+def test_names_that_lead_nowhere_are_passed_over(arguments, tmp_path, capsys):
+    train_sft.main(arguments())
+    out = tmp_path / "out"
+    for name in ("ckpt.pt", "ckpt_best.pt", "ckpt_000008.pt"):
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to("gone.pt")
+    train_sft.main(arguments(**GOES_ON))
+    assert run_log(out)["status"] == "finished"
+    assert read_checkpoint(out / "ckpt.pt")["iter_num"] == run_log(out)["summary"]["iter"]
+
+
+def test_a_checkpoint_under_another_number_is_passed_over(arguments, tmp_path, capsys):
+    train_sft.main(arguments(keep_checkpoints="none", save_interval=1))
+    out = tmp_path / "out"
+    shutil.copyfile(out / "ckpt_000002.pt", out / "ckpt_000099.pt")
+    train_sft.main(arguments(**GOES_ON))
+    assert "ckpt_000099.pt: is of step 2, whatever its name says" in capsys.readouterr().out
+    assert [event["iter"] for event in run_log(out)["events"] if event["kind"] == "resumed"] == [4]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("rows_seen", value) for value in (-5, "x", True)),
+        *(("order", "zz"), ("best_val_loss", "low"), ("progress", {"colour": 1}), ("watch", 3)),
+    ],
+)
+def test_what_a_checkpoint_cannot_mean_is_refused_by_name(arguments, tmp_path, key, value):
+    train_sft.main(arguments())
+    path = tmp_path / "out" / "ckpt_000004.pt"
+    save_checkpoint(tmp_path / "out", {**read_checkpoint(path), key: value}, iter_num=4, best=False, keep=None)
+    with pytest.raises(UserError, match=f"its {key} cannot be understood"):
+        train_sft.main(arguments(**GOES_ON))
+
+
+def test_moments_that_are_missing_are_not_begun_afresh(arguments, tmp_path):
+    train_sft.main(arguments())
+    content = read_checkpoint(tmp_path / "out" / "ckpt_000004.pt")
+    del content["optimizer"]["state"][0]
+    save_checkpoint(tmp_path / "out", content, iter_num=4, best=False, keep=None)
+    with pytest.raises(UserError, match="lacks the moments of some parameters"):
+        train_sft.main(arguments(**GOES_ON))
+
+
 def stop_after_three(write):
-    def writing(run, is_best):
-        result = write(run, is_best)
+    def writing(run, *options):
+        result = write(run, *options)
         if run.iter_num == 3:
             raise KeyboardInterrupt
         return result
@@ -154,7 +219,8 @@ def stop_after_three(write):
 def test_of_all_ranks_the_main_one_verifies_a_base(monkeypatch):
     told = []
     monkeypatch.setattr(train_sft, "load_pretrained", lambda *_, verify: told.append(verify))
-    settings = SimpleNamespace(dtype="auto", dry_run=False, checkpoint_path="a.pt")
+    monkeypatch.setattr(train_sft.adapting, "merge_adapters", lambda _: None)
+    settings = SimpleNamespace(dtype="auto", dry_run=False, resume="auto", out_dir="out", lora_rank=None)
     for is_main in (True, False):
         train_sft.load_base(settings, SimpleNamespace(is_main=is_main), Path("a.pt"))
     assert told == [True, False]

@@ -193,7 +193,7 @@ def test_what_cannot_be_computed_here_is_refused_with_every_reason(live):
         load_pretrained(folder)
     for name in changes:
         assert name.replace("rope_parameters", "rope_scaling has the rope_type 'dynamic'") in str(caught.value)
-    with pytest.raises(UserError, match="model_type is .qwen3_next.; known are qwen3, qwen3_moe, qwen2, llama"):
+    with pytest.raises(UserError, match=r"model_type is .qwen3_next.; known are qwen3, qwen3_moe, qwen2, llama"):
         architecture_fields({**config, "model_type": "qwen3_next"})
 
 

@@ -154,6 +154,19 @@ def test_another_batch_size_neither_repeats_nor_skips_a_row(arguments, tmp_path,
     assert_same_steps(broken, whole)
 
 
+def test_another_number_of_rows_a_step_neither_repeats_nor_skips_a_row(arguments, tmp_path, capsys):
+    options = {**OPTIONS, "dropout": 0.0, "eval_interval": "none", "gradient_accumulation_steps": 1}
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    train_sft.main(arguments(**{**options, "batch_size": 2, "max_iters": 9}, out_dir=whole))
+    decay = {**options, "lr_decay_iters": 9}
+    train_sft.main(arguments(**{**decay, "batch_size": 2, "max_iters": 3}, out_dir=changed))
+    train_sft.main(arguments(**{**decay, "batch_size": 4, "max_iters": 6}, out_dir=changed, resume="required"))
+    assert "a step had 2 rows until now, and has 4 from here on" in capsys.readouterr().out
+    summary, expected = (run_logs(folder)[-1]["summary"] for folder in (changed, whole))
+    assert summary["rows_seen"] == expected["rows_seen"] == 18
+    assert summary["order"] == expected["order"]
+
+
 # what makes a resumed run another one, by the name that it is refused by
 CHANGES: dict[str, dict[str, Any]] = {
     "learning_rate": {"learning_rate": 2e-2},
@@ -169,7 +182,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "grad_clip": {"grad_clip": "none"},
     "dropout": {"dropout": 0.2},
     "skip_spikes": {"skip_spikes": True},
-    "rows_per_step": {"gradient_accumulation_steps": 3},
+    "ema_decay": {"ema_decay": 0.9},
     "data": {"sft_data_dir": "other"},
     "template": {"sft_data_dir": "thinking"},
     "tokenizer": {"sft_data_dir": "tokenizer"},
@@ -210,7 +223,7 @@ def resume(arguments, folder, tmp_path) -> Callable[..., dict[str, Any]]:
 
 
 def test_every_change_that_can_be_let_through_is_tested():
-    assert sorted(CHANGES) == sorted(CHANGEABLE)
+    assert {*CHANGES, "router_aux_loss_coef"} == set(CHANGEABLE)  # the latter below, of a model that has experts
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -232,11 +245,31 @@ def test_all_changes_are_told_of_at_once(resume):
         resume(sft_data_dir="other", seed=7, learning_rate=1, dropout=0.2, lr_decay_iters=9)
 
 
+def test_the_whole_schedule_is_let_through_by_one_name(resume):
+    changes = {**CHANGES["learning_rate"], **CHANGES["lr_schedule"], **CHANGES["decay"]}
+    assert resume(**changes, allow_change="schedule")["status"] == "finished"
+    with pytest.raises(UserError, match=r"allow_change: .schedul. is not among .*, schedule"):
+        resume(**changes, allow_change="schedul")
+
+
 def test_the_tokenizer_beside_the_checkpoints_is_that_of_the_data(resume, folder, tmp_path):
     (tmp_path / "out" / "old.tiktoken").touch()
     resume(sft_data_dir="tokenizer", allow_change="tokenizer")
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer" / "tokenizer.json").read_bytes()
     assert not (tmp_path / "out" / "old.tiktoken").exists()
+
+
+def test_the_weight_of_the_balance_of_experts_is_a_part_of_the_run(arguments, tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "expert_d_ff": 16}
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, **experts}
+    options = {"model": shape, "lr_decay_iters": 4, "eval_interval": "none", "out_dir": tmp_path / "out"}
+    train_sft.main(arguments(**options, max_iters=2, router_aux_loss_coef=0.1))
+    with pytest.raises(UserError, match=r"router_aux_loss_coef: the run was started with 0\.1, not with 0\.2"):
+        train_sft.main(arguments(**options, max_iters=4, router_aux_loss_coef=0.2, resume="required"))
+    train_sft.main(arguments(**options, max_iters=4, router_aux_loss_coef=0.1, resume="required"))
+    router = run_logs(tmp_path / "out")[-1]["training_iterations"][-1]["router"]
+    assert list(router) == ["balance_loss", "least_load", "largest_load", "idle_experts"]
+    assert router["largest_load"] >= 1 >= router["least_load"]
 
 
 def test_a_resumed_model_does_not_grow(resume, folder):
