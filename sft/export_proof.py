@@ -92,7 +92,12 @@ def transformers_differ(
 
     `ours` is the folder's model as our importer reads it, in float32, on the CPU.
     """
-    library, theirs = in_transformers(folder)
+    try:
+        library, theirs = in_transformers(folder)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever the libraries raise for a folder that they do not understand
+        raise UserError(f"{folder}: Transformers cannot load it ({type(error).__name__}: {error})") from error
     problems = [*_other_ids(library, tokenizer, template)]
     say(f"verified  ids of {len(CASES) if template else len(PLAIN_PROMPTS)} texts in Transformers")
     difference, largest = logits_apart(ours, theirs, vocabulary=ours.head_weight.shape[0])

@@ -7,38 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft.chatml import render
-from sft.conversation import Conversation, Message
 from sft.errors import UserError
 from sft.templates import JINJA_NAME, jinja_file
 from sft.tokenizer import load_tokenizer
 from tests.conftest import ROOT
+from tests.learned import FIRST, SECOND, learned_run
 from tests.tiny import tiny_model
 from tests.tiny_tokenizer import save_tiny_tokenizer
 from tools import chat
 
-FIRST, SECOND = "Grüße!", "done"
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder: a model that has learned one dialogue of two turns by heart, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("run")
-    tokenizer = load_tokenizer(save_tiny_tokenizer(folder))
-    turns = [("user", "hi"), ("assistant", FIRST), ("user", "go"), ("assistant", SECOND)]
-    (sample,) = render(Conversation(tuple(Message(role, content) for role, content in turns)), tokenizer)
-    ids, labels = torch.tensor([sample.input_ids]), torch.tensor([sample.labels])
-    model = tiny_model(vocab_size=tokenizer.vocab_size, block_size=128)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(80):
-        loss = torch.nn.functional.cross_entropy(model(ids)[0, :-1], labels[0, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1
-    content = {"model": model.state_dict(), "model_args": model.config.to_dict()}
-    torch.save({**content, "tokenizer_fingerprint": tokenizer.fingerprint}, folder / "ckpt.pt")
-    return folder
+    return learned_run(tmp_path_factory.mktemp("run"))
 
 
 def test_one_prompt_gets_one_answer_that_stops_by_itself(run: Path, capsys: pytest.CaptureFixture[str]):

@@ -210,6 +210,14 @@ def test_what_transformers_does_otherwise_is_found_and_nothing_is_written(tmp_pa
         patch.setattr(export_hf, "jinja_file", lambda name: jinja_file("qwen3"))
         message = refused(checkpoint, tmp_path / "o", "--verify", "--template=chatml")
     assert "apply_chat_template gives other ids for the whole of conversation" in message
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            export_tokenizer,
+            "tokenizer_config",
+            lambda *_, **__: {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": 3},
+        )
+        message = refused(checkpoint, tmp_path / "o", "--verify")
+    assert "Transformers cannot load it (" in message
     with monkeypatch.context() as patch:  # an importer with the exporter's own mistake sees nothing
         patch.setattr(export_hf, "meaning", lambda fields: {})
         patch.setattr(export_hf, "config_json", other_config)
@@ -371,3 +379,35 @@ def test_what_is_missing_on_the_command_line_is_asked_for(tmp_path: Path):
         assert "which checkpoint, and which folder to write?" in refused(*arguments)
     assert "shard_gb must be above 0, not 0.0" in refused("ckpt.pt", tmp_path / "out", "--shard_gb=0")
     assert "no such checkpoint" in refused(tmp_path / "none.pt", tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.oracle
+@pytest.mark.parametrize(("file", "template"), [("tokenizer.json", "qwen3"), ("qwen.tiktoken", "chatml")])
+def test_the_published_vocabulary_gives_a_server_our_ids(
+    shared: Path, tmp_path: Path, capsys, file: str, template: str
+):
+    pytest.importorskip("transformers")
+    tokenizer = shared / "tokenizer" / "qwen3" / file
+    model = shared / "oracles" / "models" / "qwen3_real_vocab"
+    export(model, tmp_path / "out", f"--tokenizer={tokenizer}", f"--template={template}", "--verify")
+    assert capsys.readouterr().out.count("verified") == 3
+
+
+@pytest.mark.slow
+def test_a_run_as_the_trainer_leaves_it_is_exported(arguments, tmp_path: Path, capsys):
+    pytest.importorskip("transformers")
+    import train_sft
+
+    train_sft.main(arguments(ema_decay=0.5, eval_interval=2))
+    capsys.readouterr()
+    export(tmp_path / "out", tmp_path / "exported", "--dtype=fp32", "--verify")
+    told = capsys.readouterr().out
+    assert told.count("verified") == 3
+    assert "family    Llama" in told
+    assert "weights   the weights are the moving average of the trained ones" in told
+    assert (tmp_path / "exported" / JINJA_NAME).read_bytes() == jinja_file("chatml").read_bytes()
+    text = (tmp_path / "exported" / "README.md").read_text()
+    for part in ("| step | 4 |", "| training loss | ", "| validation loss | ", "| learning_rate | 0.01 |", "| data | "):
+        assert part in text
+    assert str(tmp_path) not in text
