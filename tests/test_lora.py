@@ -250,6 +250,18 @@ def test_memory_is_of_the_base_the_adapters_and_their_moments_alone():
     assert base / 2 < parts["parameters"] - own < 0.52 * base  # norms stay in fp32
 
 
+def test_a_mixture_of_experts_has_adapters_in_its_attention_and_stays_frozen_itself():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "expert_d_ff": 16, "dense_layers": [0]}
+    model = adapted(dtype=torch.float32, shape=experts)
+    names = {place.name.removeprefix("model.layers.1.") for place in places(model) if ".1." in place.name}
+    assert names == {f"self_attn.{letter}_proj" for letter in "qkvo"}
+    keep_frozen_in(model, torch.bfloat16)
+    assert model.blocks[1].ffn.w_gate.dtype == torch.bfloat16
+    work = workload(model, half=True)
+    SummedLoss(model.train(), autocast_dtype=work.autocast_dtype, loss=work.loss)(work.batch).backward()
+    assert all(p.grad.any() if p.requires_grad else p.grad is None for p in model.parameters())
+
+
 def test_adapters_can_be_for_a_few_parts_alone():
     model = tiny_model()
     lora = LoRA(rank=2, alpha=4, targets=("model.layers.1.self_attn.v_proj",))

@@ -80,6 +80,11 @@ def test_a_run_that_was_broken_off_ends_as_one_that_was_not(tuning, tmp_path, ch
     one, other = (read_checkpoint(tmp_path / name / "ckpt_000004.pt") for name in ("whole", "broken"))
     for name in ("model", "optimizer", "lora", "base", *(["ema"] if "ema_decay" in changes else [])):
         assert_equal_trees(dict(one[name]), dict(other[name]), name)
+    if "ema_decay" in changes:
+        averaged = load_pretrained(tmp_path / "whole", weights="ema")
+        assert all(
+            torch.equal(averaged.get_parameter(name), tensor) for name, tensor in one["ema"].items() if "A" in name
+        )
 
 
 @pytest.mark.slow
