@@ -16,7 +16,7 @@ FIRST, SECOND_QUESTION, SECOND = "Grüße!", "go", "done"
 
 
 def learned_run(folder: Path) -> Path:
-    """The folder, with a checkpoint, tokenizer and template; `hi` is answered with FIRST, SECOND_QUESTION with SECOND."""
+    """The folder, checkpoint and tokenizer in it; `hi` is answered with FIRST, then SECOND_QUESTION with SECOND."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(save_tiny_tokenizer(folder))
     shutil.copyfile(jinja_file("chatml"), folder / JINJA_NAME)
