@@ -30,11 +30,14 @@ WHOLE = {
 KNOWN = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "modules_to_save", "bias"),
-    # how training began or went on, of which a finished adapter shows nothing, or what only chooses layers
-    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core"),
+    # of which a finished adapter shows nothing, or what only chooses layers
+    *("init_lora_weights", "megatron_core"),
     *("fan_in_fan_out", "ensure_weight_tying", "layers_to_transform", "layers_pattern", "exclude_modules"),
     *("peft_version", "qalora_group_size"),
 }
+
+
+BEGINNINGS = (None, True, False, "gaussian", "eva")  # init_lora_weights that leave the base as it is
 
 
 def is_peft_folder(path: Path) -> bool:
@@ -59,7 +62,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         "alpha": config["lora_alpha"],
         "dropout": config.get("lora_dropout", 0.0),
         "scaling": "rank_stabilized" if config.get("use_rslora") else "standard",
-        "dora": config.get("use_dora", False),
+        "dora": config.get("use_dora") or False,
         "targets": targets,
     }
     base = {"path": config.get("base_model_name_or_path"), "sha256": None}
@@ -83,10 +86,12 @@ def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
         return
     if config.get("bias", "none") != "none":
         yield f"bias {reprlib.repr(config['bias'])}: biases are not trained beside adapters; only 'none' is supported"
+    if (beginning := config.get("init_lora_weights")) not in BEGINNINGS:
+        yield f"init_lora_weights {reprlib.repr(beginning)} has changed the base; have PEFT convert the adapter first"
     whole = config.get("modules_to_save") or []
     endings = {name.rpartition(".")[2] for name in WHOLE}
     for name in whole if isinstance(whole, list) else [whole]:
-        if not isinstance(name, str) or name.rpartition(".")[2] not in endings:
+        if not isinstance(whole, list) or not isinstance(name, str) or name.rpartition(".")[2] not in endings:
             yield f"modules_to_save holds {reprlib.repr(name)}; only {', '.join(sorted(endings))} are supported"
     for name in ("r", "lora_alpha"):
         if type(config.get(name)) not in (int, float):

@@ -150,10 +150,12 @@ def test_options_that_cannot_be_expressed_are_refused_all_at_once(theirs):
         target_parameters=["experts.gate_up_proj"],
         layer_replication=[[0, 2]],
         something_new=3,
+        init_lora_weights="pissa",
     )
     said = refusal(theirs)
     for name in ("bias 'all'", "modules_to_save holds 'score'", "rank_pattern", "alpha_pattern", "r must be a number"):
         assert name in said
+    assert "init_lora_weights 'pissa' has changed the base" in said
     for name in ("target_parameters", "layer_replication", "something_new 3 is not supported"):
         assert name in said
     change(theirs, peft_type="IA3")
