@@ -5,10 +5,11 @@ import torch
 
 from model_builder import load_pretrained
 from sft import saved_adapters
-from sft.adapting import adapt, chosen_places, kept_state
+from sft.adapting import Base, adapt, chosen_places, kept_state
 from sft.checkpoint import save_checkpoint
 from sft.export_adapters import refuse_other_adapters
 from sft.lora import LoRA
+from sft.pretrained import open_pretrained
 from tests.test_export import IDS, export, make_run, random_model, refused
 from tests.test_export_config import GPT2
 
@@ -27,7 +28,8 @@ def make_adapters(folder: Path, base: Path, targets: list[str], *, dora: bool = 
     checkpoint = make_run(folder)
     model = load_pretrained(base)
     places = tuple(place.name for place in chosen_places(model, targets))
-    adapt(model, LoRA(rank=3, alpha=6.0, dora=dora, targets=places), base=saved_adapters.record_of(base), seed=0)
+    of = Base(str(base), saved_adapters.sha256_of(open_pretrained(base)))
+    adapt(model, LoRA(rank=3, alpha=6.0, dora=dora, targets=places), base=of, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".adapters." in name)
