@@ -124,8 +124,13 @@ def test_what_is_trained_does_not_change_when_a_run_is_resumed(tuning, tmp_path)
         train_sft.main(tuning(resume="auto", lora_rank=4, allow_change="lora_rank"))
 
 
-def test_a_full_run_is_not_gone_on_with_as_one_of_adapters(arguments, tuning):
+def test_a_full_run_is_not_gone_on_with_as_one_of_adapters(arguments, tuning, tmp_path):
     train_sft.main(arguments(eval_interval="none"))
+    path = tmp_path / "out" / "ckpt_000004.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["config"]["lora_rank"]  # as in those that were written before there were adapters
+    path.unlink()
+    torch.save(saved, path)
     with pytest.raises(UserError, match="lora_rank: the run was started with None, not with 3"):
         train_sft.main(tuning(resume="auto"))
 
