@@ -12,8 +12,8 @@ def main(argv: list[str]) -> None:
     last_step = int(argv[0])
     save = Run.save
 
-    def save_and_die(run: Run, *, is_best: bool, must: bool) -> None:
-        save(run, is_best=is_best, must=must)
+    def save_and_die(run: Run, **options: bool) -> None:
+        save(run, **options)
         if run.iter_num == last_step:
             run.world.agree("steps", str(run.iter_num))  # every rank has left the save
             os.kill(os.getpid(), signal.SIGKILL)

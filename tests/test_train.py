@@ -52,7 +52,7 @@ def assert_equal_trees(one, two, where=""):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_a_run_killed_after_a_save_and_resumed_equals_one_that_was_not(arguments, tmp_path, processes):
     """Bitwise in weights, optimizer and logged losses: with dropout, accumulation, an epoch's end and evaluations."""
-    options = {"max_iters": 20, "dropout": 0.1, "log_interval": 4}  # 10 is inside a log interval
+    options = {"max_iters": 20, "dropout": 0.1, "log_interval": 4, "ema_decay": 0.8}  # 10 is inside a log interval
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     torchrun(processes, ROOT / "train_sft.py", *arguments(**options, out_dir=whole))
     killed = torchrun(
@@ -68,7 +68,8 @@ def test_a_run_killed_after_a_save_and_resumed_equals_one_that_was_not(arguments
     expected, got = (torch.load(folder / "ckpt_000020.pt", weights_only=True) for folder in (whole, broken))
     assert expected["rows_seen"] == 20 * 2 * processes
     assert expected["rows_seen"] > run_log(whole)["startup_info"]["rows_per_epoch"]  # an epoch has ended
-    for key in ("model", "optimizer", "best_val_loss", "val_loss", "iter_num", "rows_seen", "trained_tokens_seen"):
+    counters = ("best_val_loss", "val_loss", "iter_num", "rows_seen", "trained_tokens_seen")
+    for key in ("model", "ema", "optimizer", *counters):
         assert_equal_trees(got[key], expected[key], key)
     resumed = run_log(broken)
     assert {**before, **losses(resumed)} == losses(run_log(whole))
