@@ -1,7 +1,11 @@
+import importlib
+import random
+from typing import Any
+
 import pytest
 import torch
 
-from sft.rotary import rotary_tables, rotate
+from sft.rotary import rotary_tables, rotate, scaled
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 40_000]])
 
@@ -55,3 +59,40 @@ def test_nothing_but_the_tables_is_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         rotate(torch.randn(1, 6, 3, 8, requires_grad=True), tables, interleaved=False)
     assert set(kept) == {table.untyped_storage().data_ptr() for table in tables}
+
+
+def drawn_scalings() -> list[dict[str, Any]]:
+    draw = random.Random(0)
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    scalings: list[dict[str, Any]] = [
+        {"rope_type": "linear", "factor": 4.0},
+        *({"rope_type": "llama3", "factor": factor, **llama3} for factor in (8.0, 32.0)),
+    ]
+    for _ in range(40):
+        context = draw.choice([16, 4096, 32768])
+        yarn = {
+            "rope_type": "yarn",
+            "factor": draw.choice([1.0, 4.0, 40.0]),
+            "original_max_position_embeddings": context,
+        }
+        optional = {
+            **{"attention_factor": 1.3, "beta_fast": 12.0, "beta_slow": 0.001, "mscale": 0.7, "mscale_all_dim": 1.1},
+            "truncate": False,
+        }
+        scalings.append({**yarn, **{name: optional[name] for name in optional if draw.random() < 0.4}})
+    return scalings
+
+
+@pytest.mark.parametrize("scaling", drawn_scalings(), ids=str)
+def test_stretched_wavelengths_are_those_of_transformers(scaling):
+    transformers = pytest.importorskip("transformers")
+    rope_utils = importlib.import_module("transformers.modeling_rope_utils")
+    for head_size, theta in ((64, 1e4), (128, 1e6), (8, 5e5)):
+        config = transformers.Qwen3Config(
+            head_dim=head_size, max_position_embeddings=65536, rope_parameters={**scaling, "rope_theta": theta}
+        )
+        expected, length = rope_utils.ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config)
+        exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+        found, our_length = scaled(1.0 / theta**exponents, scaling, theta=theta)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        assert our_length == pytest.approx(length)
