@@ -63,7 +63,9 @@ def main(argv: list[str]) -> None:
             print(f"{name:<14} {way:<34} {told['bytes'] / 2**30:7.1f} GiB, {told['trained']:>14,} trained")
     measured = {way: measured_bytes(way) for way in WAYS}
     for way, size in measured.items():
-        print(f"on this CPU    {way:<34} {size['measured'] / 2**20:7.0f} MiB, estimated {size['estimated'] / 2**20:.0f}")
+        print(
+            f"on this CPU    {way:<34} {size['measured'] / 2**20:7.0f} MiB, estimated {size['estimated'] / 2**20:.0f}"
+        )
     result = {
         "command": "PYTHONPATH=. python bench/lora_memory.py",
         "processor": platform.processor() or platform.machine(),
