@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import mmap
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
 COPIED_AT_ONCE = 1 << 20
+MADV_PAGEOUT = 21  # of Linux 5.4 and later
 # What file systems answer that cannot sync a folder, mostly network ones: there a rename has to do.
 FOLDERS_ARE_NOT_SYNCED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM}
 
@@ -30,6 +34,13 @@ def into_place(file: IO[bytes], partial: Path, path: Path) -> None:
     file.close()
     os.replace(partial, path)
     sync_folder(path.parent)
+
+
+def let_go(address: int, size: int) -> None:
+    """Let the kernel take back the memory of mapped pages that have been read; they stay readable. Linux alone."""
+    first, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and end > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_PAGEOUT)
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], *, partial: Path | None = None) -> None:

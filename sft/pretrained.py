@@ -19,6 +19,7 @@ from sft.checkpoint import read_checkpoint
 from sft.ema import Weights
 from sft.errors import UserError, listed
 from sft.families import architecture_fields
+from sft.files import let_go
 from sft.huggingface import NameTable, Piece, StoredTensor, pieces_of
 
 FLOATS = tuple(huggingface.FLOATS.values())
@@ -85,7 +86,8 @@ class Pretrained:
         for name, pieces in table.items():
             weights[name] = torch.empty(shapes[name], device=device, dtype=dtype)
             for piece, part in pieces_of(weights[name], pieces) if not weights[name].is_meta else ():
-                part.copy_(self.tensors[piece.name].read())
+                part.copy_(stored := self.tensors[piece.name].read())
+                let_go(stored.data_ptr(), stored.nbytes)  # or the whole file would count as this process's memory
         return weights
 
     def _check(self, table: NameTable) -> None:

@@ -1,12 +1,20 @@
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model_builder import ConfigurableGPT, load_pretrained
+from model_config import ModelArchitectureConfig
+from sft.checkpoint import save_checkpoint
 from sft.errors import UserError
+from sft.huggingface import name_table, to_hugging_face
+from tests.conftest import ROOT
 from tests.tiny import tiny_model
 
 IDS = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -137,3 +145,41 @@ def test_the_neighbours_own_files_give_its_logits_and_loss(shared: Path, name: s
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), expected["labels"][:, 1:].flatten())
     torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-5)
     torch.testing.assert_close(loss, expected["loss"], rtol=1e-6, atol=0)
+
+
+PEAK = """
+import re, sys, torch
+from pathlib import Path
+import train_sft
+from model_builder import load_pretrained
+
+def kilobytes(name):
+    return int(re.search(rf"{name}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+before = kilobytes("VmRSS")
+model = load_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+size = sum(parameter.nbytes for parameter in model.parameters()) / 1024
+print((kilobytes("VmHWM") - before) / size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "dtype"), [("pt", "float32"), ("folder", "float32"), ("folder", "bfloat16")])
+def test_loading_takes_the_memory_of_the_model_and_a_tenth(tmp_path, kind, dtype):
+    """As the kernel counts it, mapped pages of the file included."""
+    shape = {"n_layer": 16, "n_head": 8, "n_embd": 768, "vocab_size": 4000, "block_size": 64, "head_dim": 96}
+    model = ConfigurableGPT(ModelArchitectureConfig(**shape, d_ff=2048, qk_norm=True)).bfloat16()  # 120 million
+    if kind == "pt":
+        content = {"model": model.float().state_dict(), "model_args": model.config.to_dict()}
+        path = save_checkpoint(tmp_path, content, iter_num=0, best=False, keep=None)
+    else:
+        path = tmp_path
+        weights = to_hugging_face(dict(model.named_parameters()), name_table(model.config.to_dict()))
+        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, path / "model.safetensors")
+        sizes = {"num_hidden_layers": 16, "num_attention_heads": 8, "hidden_size": 768, "intermediate_size": 2048}
+        others = {"vocab_size": 4000, "max_position_embeddings": 64, "head_dim": 96, "num_key_value_heads": 8}
+        (path / "config.json").write_text(json.dumps({"model_type": "qwen3", **sizes, **others}))
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, path, dtype], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert 0.9 < float(done.stdout) <= 1.1
