@@ -154,7 +154,6 @@ def grouped_feed_forward(x: Tensor, counts: Tensor, w_gate: Tensor, w_value: Ten
         return F.grouped_mm(F.silu(gate) * value, w_out.transpose(1, 2), offs=ends)
 
 
-@torch.compiler.disable
 def feed_forward_one_by_one(x: Tensor, counts: Tensor, w_gate: Tensor, w_value: Tensor, w_out: Tensor) -> Tensor:
     """The same, expert after expert, those without tokens left out; waits for the counts."""
     n, E = len(x), len(w_gate)
