@@ -77,8 +77,9 @@ class ModelArchitectureConfig:
         return cls(**plain)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that from_dict turns back into an equal architecture."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Plain values, as JSON has them, that from_dict turns back into an equal architecture."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @property
     def key_heads(self) -> int:

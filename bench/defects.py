@@ -30,8 +30,8 @@ SAVES = (
         "sft/files.py",
         (
             (
-                "    os.replace(partial, path)\n    sync_folder(path.parent)\n\n\ndef write_whole",
-                "    os.replace(partial, path)\n\n\ndef write_whole",
+                "    os.replace(partial, path)\n    sync_folder(path.parent)\n\n\ndef let_go",
+                "    os.replace(partial, path)\n\n\ndef let_go",
             ),
         ),
         "tests/test_files.py::test_content_is_on_the_disk_before_it_has_its_name_and_the_name_before_the_end",
@@ -82,9 +82,9 @@ SAVES = (
         "sft/checkpoint.py",
         (
             (
-                "    write_whole(path, lambda file: _write(content, file))\n    link_whole(path, folder / NEWEST)\n",
+                "    write_checkpoint(path, content)\n    link_whole(path, folder / NEWEST)\n",
                 "    for _, old in numbered_checkpoints(folder)[(keep or 99) - 1 :]:\n        os.unlink(old)\n"
-                "    write_whole(path, lambda file: _write(content, file))\n    link_whole(path, folder / NEWEST)\n",
+                "    write_checkpoint(path, content)\n    link_whole(path, folder / NEWEST)\n",
             ),
         ),
         "tests/test_checkpoint_faults.py::test_a_power_failure_at_any_moment_of_a_save_leaves_whole_checkpoints",
@@ -117,8 +117,8 @@ SAVES = (
         "sft/run.py",
         (
             (
-                "        if not all(bool(torch.isfinite(parameter).all())",
-                "        if False and not all(bool(torch.isfinite(parameter).all())",
+                "        if not all(bool(torch.isfinite(each).all())",
+                "        if False and not all(bool(torch.isfinite(each).all())",
             ),
         ),
         "tests/test_step_facts.py::test_weights_that_are_not_finite_are_never_saved",

@@ -35,7 +35,8 @@ CHANGEABLE = (
     "tokenizer",
     "decay",
 )
-GROUPS = {"schedule": (*OF_THE_SCHEDULE, "decay")}  # one name for several of them
+# One name for several of them, or for what needs none any more.
+GROUPS = {"schedule": (*OF_THE_SCHEDULE, "decay"), "rows_per_step": ()}
 
 
 def identity(data: PreparedData, *, rows_per_step: int, world_size: int, decay: int | None) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def grouped_feed_forward(x: Tensor, counts: Tensor, w_gate: Tensor, w_value: Ten
 
 
 def feed_forward_one_by_one(x: Tensor, counts: Tensor, w_gate: Tensor, w_value: Tensor, w_out: Tensor) -> Tensor:
-    """The same, expert after expert, those without tokens left out; waits for the counts."""
+    """The same, expert after expert, those without tokens left out; waits for the counts, and so cuts a graph."""
     n, E = len(x), len(w_gate)
     even = [n // E + (each < n % E) for each in range(E)]  # on meta, where nobody knows
     lengths = even if x.is_meta else counts.tolist()
@@ -164,7 +164,7 @@ def feed_forward_one_by_one(x: Tensor, counts: Tensor, w_gate: Tensor, w_value: 
     for expert, rows in enumerate(x.split(lengths)):
         if expert == E:
             parts.append(torch.zeros_like(rows))
-        elif len(rows):
+        elif len(rows) or (lengths[E] == n and expert == 0):  # one has a gradient, of 0, where no token is routed
             inner = F.silu(F.linear(rows, w_gate[expert])) * F.linear(rows, w_value[expert])
             parts.append(F.linear(inner, w_out[expert]))
     return torch.cat([part.to(parts[0].dtype) for part in parts])

@@ -169,7 +169,8 @@ def _unsupported(config: Config) -> Iterator[str]:
         if not _is_size(config.get(name)):
             yield f"{name} must be a whole number above 0, not {reprlib.repr(config.get(name))}"
     for name in ("num_key_value_heads", "head_dim", "n_inner", "sliding_window", "decoder_sparse_step"):
-        if config.get(name) is not None and not _is_size(config[name]):
+        needed = name == "head_dim" and kind in HEAD_SIZE  # whose null Transformers refuses, too
+        if name in config and not _is_size(config[name]) and (needed or config[name] is not None):
             yield f"{name} must be a whole number above 0, not {reprlib.repr(config[name])}"
     for name in ("attention_bias", "mlp_bias", "use_sliding_window", "tie_word_embeddings", "norm_topk_prob"):
         if not isinstance(config.get(name, False), bool):

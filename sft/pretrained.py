@@ -96,6 +96,8 @@ class Pretrained:
         if tied_head:
             expected["lm_head.weight"] = table["token_embeddings.weight"][0].shape
         problems = [f"missing: {name} {expected[name]}" for name in expected if name not in self.tensors]
+        if len(problems) == 1 and "lm_head.weight" in problems[0]:
+            problems.append("(a head that is the embedding needs tie_word_embeddings true in its config.json)")
         for name, found in self.tensors.items():
             if name not in expected:
                 problems.append(f"unexpected: {name} {found.shape}")

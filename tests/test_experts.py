@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sft.experts import MixtureOfExperts, RouterLoad, Routing, balance_weight, l
 from sft.huggingface import name_table, to_hugging_face
 from sft.loss import Loss
 from sft.step import SummedLoss, accumulate_gradients
+from tests.launch import torchrun
 from tests.tiny import CPU_WORLD
 
 SHAPE: dict[str, Any] = {
@@ -141,6 +143,76 @@ def test_nothing_undefined_comes_through_the_grouped_product(monkeypatch):
     for grouped, one_by_one in zip(*results, strict=True):
         assert grouped.isfinite().all()
         torch.testing.assert_close(grouped, one_by_one, rtol=0.05, atol=0.05)
+
+
+def test_rows_that_fill_up_a_step_have_gradients_of_0_for_all_ranks_wait_for_them():
+    batch = make_batch([[]], block_size=64, pad_id=0)
+    model = model_of().train()
+    loss = SummedLoss(model, loss=Loss("reference", ""), balance_weight=0.3)(batch)
+    loss.backward()
+    assert loss == 0
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if ".ffn." in name}
+    assert all(gradient is not None and not gradient.any() for gradient in gradients.values())
+
+
+BALANCED = """
+import sys, torch
+from sft.errors import run_program
+from sft.world import join_world
+from sft.loss import Loss
+from sft.step import SummedLoss, accumulate_gradients
+from sft.batches import make_batch
+from tests.test_experts import documents_of, model_of
+
+def main(argv):
+    with join_world("cpu") as world:
+        model = model_of().train()
+        module = SummedLoss(model, loss=Loss("reference", ""), balance_weight=0.3 / 2)
+        mine = {0: ((9, 20), (40,)), 1: ((64,), (5, 6, 7))}[world.rank]
+        batches = [make_batch([documents_of(*lengths)], block_size=64, pad_id=0) for lengths in mine]
+        wrapped = world.wrap(module, bucket_mb=1, compression="none")
+        accumulate_gradients(wrapped, batches, target_weight=100.0, world=world)
+        if world.is_main:
+            torch.save([parameter.grad for parameter in model.parameters()], argv[0])
+run_program(main)
+"""
+
+
+@pytest.mark.slow
+def test_the_balance_is_averaged_over_the_micro_batches_of_all_ranks(tmp_path: Path):
+    (tmp_path / "worker.py").write_text(BALANCED)
+    torchrun(2, tmp_path / "worker.py", tmp_path / "gradients.pt")
+    model = model_of().train()
+    module = SummedLoss(model, loss=Loss("reference", ""), balance_weight=0.3 / 4)
+    rows = ((9, 20), (40,), (64,), (5, 6, 7))
+    batches = [make_batch([documents_of(*lengths)], block_size=64, pad_id=0) for lengths in rows]
+    accumulate_gradients(module, batches, target_weight=100.0, world=CPU_WORLD)
+    for gradient, parameter in zip(torch.load(tmp_path / "gradients.pt"), model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+@pytest.mark.gpu
+def test_the_grouped_product_of_a_gpu_gives_what_one_expert_after_the_other_gives():
+    torch.manual_seed(0)
+    module = MixtureOfExperts(64, experts=8, chosen=2, inner_width=96, normalized=True)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.2)
+    module = module.to("cuda", torch.bfloat16)
+    with torch.no_grad():
+        module.router.weight[3] = -100 * module.router.weight[:3].sum(0)  # often idle
+    x = torch.randn(2, 40, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    real = torch.arange(40, device="cuda") < torch.tensor([[40], [11]], device="cuda")
+    upstream = torch.randn(2, 40, 64, device="cuda")
+    assert experts.can_group(x, module.w_gate)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = x.detach().to(dtype).requires_grad_()
+        copied = copy.deepcopy(module).to(dtype)
+        out, _ = copied(inputs, real)
+        results.append([out, *torch.autograd.grad((out * upstream).sum(), [inputs, *copied.parameters()])])
+    for grouped, exact in zip(*results, strict=True):
+        assert grouped.isfinite().all()
+        assert (grouped - exact).norm() <= 0.03 * exact.norm()
 
 
 def test_even_routes_have_the_least_balancing_loss():
