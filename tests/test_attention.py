@@ -184,6 +184,7 @@ def test_a_compiled_function_serves_all_documents_without_a_mask(back_end: BackE
 
 
 @pytest.mark.parametrize("back_end", ["sdpa", "varlen"])
+@pytest.mark.slow
 def test_compiled_blocks_are_translated_once_for_all_documents(back_end: BackEnd, monkeypatch):
     monkeypatch.setitem(attention_backends.KERNELS, "varlen", attention_backends.KERNELS["by_document"])
     torch._dynamo.reset()

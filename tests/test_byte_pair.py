@@ -138,6 +138,7 @@ def test_a_hundred_thousand_unordered_marks_take_no_quadratic_time(tiny):
     assert time.perf_counter() - started < 3  # eight seconds by Python's code
 
 
+@pytest.mark.slow
 def test_nfc_is_the_librarys_for_every_character_next_to_marks_of_every_class():
     library = normalizers.NFC(), normalizers.NFD()
     characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000 and not disputed().match(chr(i))]

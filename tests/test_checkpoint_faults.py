@@ -140,7 +140,7 @@ def copied(before, folder):
     return folder
 
 
-@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize("has_links", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_whatever_goes_wrong_wherever_in_a_save_a_good_checkpoint_is_found_without_help(before, tmp_path, has_links):
     whole = Operations(has_links=has_links)
     assert ends(saving(copied(before, tmp_path / "whole")), whole) == SAVED
@@ -255,7 +255,7 @@ def losses(disk, operations):
                 yield number, operation
 
 
-@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize("has_links", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_power_failure_at_any_moment_of_a_save_leaves_whole_checkpoints(before, tmp_path, has_links):
     operations, folder = Operations(has_links=has_links), copied(before, tmp_path / "folder")
     disk = Disk(folder)

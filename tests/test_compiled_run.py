@@ -60,6 +60,7 @@ def test_a_graph_that_is_compiled_during_a_step_is_told_with_its_step(arguments,
     assert "step      6/8  1 graphs compiled since the last line" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_batches_of_one_shape_give_the_same_evaluation(arguments, tmp_path):
     train_sft.main(arguments(**COMPILED, eval_interval=4, out_dir=tmp_path / "compiled"))
     train_sft.main(arguments(**{**COMPILED, "compile": False}, eval_interval=4, out_dir=tmp_path / "plain"))

@@ -70,6 +70,7 @@ def test_an_epoch_has_the_tokens_of_the_prepared_data(arguments, prepared, capsy
     ]
 
 
+@pytest.mark.slow
 def test_the_rest_of_a_resumed_run_is_told(arguments, tmp_path, capsys):
     train_sft.main(arguments(max_iters=6))
     (tmp_path / "out").joinpath("ckpt_best.pt").unlink(missing_ok=True)
@@ -91,6 +92,7 @@ def test_nothing_is_written_anywhere(arguments, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("shape", "save_optimizer"), [({}, True), ({"n_embd": 128, "n_layer": 6}, True), ({}, False)])
+@pytest.mark.slow
 def test_the_size_of_a_checkpoint_is_within_one_percent(arguments, tmp_path, capsys, shape, save_optimizer):
     model = {"n_layer": 2, "n_head": 2, "n_embd": 64, **shape}
     options = {"model": model, "save_optimizer": save_optimizer}

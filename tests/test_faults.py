@@ -83,6 +83,7 @@ faults.run_program(faults.main)
 """
 
 
+@pytest.mark.slow
 def test_a_fault_that_finds_something_or_breaks_or_hangs_or_had_too_few_cases_is_not_met(tmp_path):
     done = run(sys.executable, "-c", FAULTS, f"--out={tmp_path / 'faults.json'}", "--short=true")
     assert done.returncode == 1

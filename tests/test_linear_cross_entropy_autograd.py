@@ -110,6 +110,7 @@ run_program(main)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradient_of_one(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     torchrun(2, tmp_path / "worker.py", tmp_path / "gradient.pt")

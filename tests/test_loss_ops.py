@@ -70,6 +70,7 @@ BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 @pytest.mark.parametrize(
     ("form", "dtype"), [(Head, torch.float32), (Head, torch.float64), interpreted(Logits, torch.float32)]
 )
+@pytest.mark.slow
 def test_twelve_scales_are_compiled_twice_and_give_the_bits_of_one_that_is_not(form, dtype, backend):
     compilations = []
 
@@ -223,6 +224,7 @@ def test_lack_of_memory_in_the_trial_ends_the_run_instead_of_choosing_another_ke
         lambda columns, gradient, weights: gradient is not None,
     ],
 )
+@pytest.mark.slow
 def test_the_trial_meets_every_specialisation_of_the_kernel(monkeypatch, refused):
     launch = masked_cross_entropy._launch
 

@@ -38,6 +38,7 @@ def tensors(found: Estimate) -> int:
 
 
 @pytest.mark.parametrize("mode", LEAST_FIRST)
+@pytest.mark.slow
 def test_another_tracker_counts_the_same_peak_of_a_real_forward_and_backward(mode):
     work = workload()
     model = work.model.train()
@@ -155,6 +156,7 @@ def test_what_cannot_be_estimated_is_recomputed_in_full(monkeypatch):
     assert "cannot be estimated (ZeroDivisionError" in sentence
 
 
+@pytest.mark.slow
 def test_a_run_with_auto_says_so_and_changes_no_bit(arguments, tmp_path, capsys):
     weights = []
     for mode in ("auto", "none"):

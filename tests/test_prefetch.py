@@ -110,6 +110,7 @@ def test_waiting_for_an_item_can_be_interrupted():
     ahead.close()
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_without_closing_is_not_kept_alive():
     program = (
         "import itertools, torch\n"

@@ -75,6 +75,7 @@ def test_waiting_for_batches_and_telling_is_stall_and_part_of_the_step(arguments
     assert log["summary"]["stall_share"] == pytest.approx((1.0 + 2.0 + 2.0) / (4.0 + 5.0 + 5.0))
 
 
+@pytest.mark.slow
 def test_loader_and_log_stall_less_than_half_a_percent_of_steps_of_half_a_second(arguments, tmp_path, monkeypatch):
     """Measured by the trainer, with its real loader and log; the best record, since the machine may be busy."""
     update = Run.update

@@ -5,6 +5,7 @@ import signal
 import time
 from multiprocessing.process import BaseProcess
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -32,6 +33,7 @@ def start(rank: int, attempt: int, port: int) -> BaseProcess:
     return process
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_starts_again_meet_each_other_and_not_the_dead_ones():
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     killed = [start(rank, 0, store.port) for rank in (0, 1)]

@@ -165,7 +165,7 @@ slow = pytest.mark.slow
         pytest.param(1, "term evaluation 0 5", 5, marks=slow),
         pytest.param(1, "usr1 saving 0 10", 11, marks=slow),
         pytest.param(2, "usr1 forward 1 7", 7, marks=slow),
-        (2, "term evaluation 1 5", 5),
+        pytest.param(2, "term evaluation 1 5", 5, marks=slow),
         pytest.param(2, "int evaluation 0 0", 0, marks=slow),
         pytest.param(2, "term saving 0 5", 6, marks=slow),
         pytest.param(3, "int forward 2 1", 1, marks=slow),

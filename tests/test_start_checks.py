@@ -79,6 +79,7 @@ class TestAtOnce:
         assert error.exit_status == EXIT_BAD_INPUT
         assert sorted(path.name for path in tmp_path.iterdir()) == ["base.pt", "data", "file"]
 
+    @pytest.mark.slow
     def test_of_two_processes_one_speaks_once(self, arguments, data, tmp_path):
         flip_last_bit(data / "val_origins.npy")
         (tmp_path / "out").mkdir()

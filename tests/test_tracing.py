@@ -11,6 +11,7 @@ def run_log(folder) -> dict:
     return json.loads(max(folder.glob("run_*.json")).read_text())
 
 
+@pytest.mark.slow
 def test_a_profile_shows_the_phases_of_three_steps_and_does_not_change_them(arguments, tmp_path):
     train_sft.main(arguments(max_iters=12, eval_interval="none", out_dir=tmp_path / "traced", profile=True))
     trace = json.loads(gzip.decompress((tmp_path / "traced" / "trace_rank0.json.gz").read_bytes()))

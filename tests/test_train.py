@@ -77,6 +77,7 @@ def test_a_run_killed_after_a_save_and_resumed_equals_one_that_was_not(arguments
     assert [event["kind"] for event in resumed["events"]] == ["resumed"]
 
 
+@pytest.mark.slow
 def test_two_processes_follow_the_trajectory_of_one(arguments, tmp_path):
     """Same rows, same dropout, same divisor: what differs is the order of a float64 sum."""
     options = {"gradient_accumulation_steps": "none", "rows_per_step": 4, "dropout": 0.1, "dtype": "float64"}

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 import train_sft
@@ -36,6 +37,7 @@ def test_a_run_in_two_parts_ends_as_one_in_one_to_the_bit(arguments, tmp_path):
     assert expected["rows_seen"] > 11, "an epoch has ended"
 
 
+@pytest.mark.slow
 def test_after_a_change_of_rows_per_step_the_next_rows_come_next(arguments, tmp_path):
     def run(name: str, rows: int, steps: int, **changes: object) -> str:
         shape = {"gradient_accumulation_steps": "none", "rows_per_step": rows, "max_iters": steps, "eval_interval": 9}

@@ -329,6 +329,7 @@ def misbehave(folder: Path) -> Any:
     return content if content in (b"says", b"wrong") else b"original"
 
 
+@pytest.mark.slow
 def test_the_search_finds_crashes_hangs_memory_programs_writing_tracebacks_and_wrong_values(tmp_path, monkeypatch):
     monkeypatch.setattr(faults, "CPU_SECONDS", 3.0)
     kinds = (

@@ -101,6 +101,7 @@ def test_interrupted_runs_are_equal_to_an_uninterrupted_one(verify, tmp_path):
         pytest.param(skips_a_row, "the rows seen differ", "order of the rows", None, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_resume_that_makes_another_run_is_blamed(verify, capsys, tmp_path, rogue, blame, differ, equal):
     with pytest.raises(
         UserError, match=f"resuming is at fault: interrupted runs are other runs, and {blame}"
@@ -123,6 +124,7 @@ def test_settings_that_are_not_deterministic_are_told_from_a_resume_that_is_wron
     assert "  rows seen           8                                 equal     equal" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_is_shown(verify, tmp_path):
     with pytest.raises(
         UserError, match=r"(?s)SIGTERM after step \d: the run failed \(exit status 1\):.*torn to pieces"
@@ -131,6 +133,7 @@ def test_a_run_that_breaks_is_shown(verify, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_signal_that_always_comes_too_late_is_no_proof(verify):
     with pytest.raises(UserError, match="the runs are over before SIGTERM comes; ask for more: --steps=16"):
         verify("--steps=4", main=hears_no_signal)

@@ -72,6 +72,7 @@ def go_on(argv: list[str]) -> None:
             time.sleep(TIMEOUT / 5)
 
 
+@pytest.mark.slow
 def test_a_process_that_goes_on_is_left_alone_for_longer_than_the_timeout(tmp_path):
     assert ended(1, tmp_path, go_on) == [0]
     assert said(tmp_path, 0) == ""
@@ -195,6 +196,7 @@ def wait_in_vain(argv: list[str]) -> None:
         world.sum(torch.ones(1))
 
 
+@pytest.mark.slow
 def test_a_collective_fails_after_the_timeout_of_the_world(tmp_path):
     assert ended(2, tmp_path, wait_in_vain)[0] == 1
     assert "Timed out waiting 1000ms" in said(tmp_path, 0)
@@ -302,6 +304,7 @@ def test_each_batch_of_an_evaluation_is_progress(long_validation):
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=slow)])
+@pytest.mark.slow
 def test_a_run_that_hangs_has_its_status_in_the_log_and_goes_on_from_its_checkpoint(arguments, tmp_path, processes):
     options = {"max_iters": 4, "save_interval": 2, "resume": "auto", "out_dir": tmp_path / "out"}
     fault, hangs = f"hang forward {processes - 1} 3", arguments(**options, hang_timeout=6 * processes)

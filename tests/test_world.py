@@ -96,6 +96,7 @@ def test_one_message_comes_through_whichever_rank_is_late_or_alone(tmp_path, who
     assert done.stderr.count("error: a typo; correct it") == 1
 
 
+@pytest.mark.slow
 def test_ranks_with_other_settings_are_refused_by_number(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(
@@ -113,6 +114,7 @@ def test_ranks_with_other_settings_are_refused_by_number(tmp_path):
     assert done.stderr.count("error: settings differ between ranks: rank(s) 1") == 1
 
 
+@pytest.mark.slow
 def test_all_ranks_take_one_loss_kernel_though_another_would_work_on_some(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(
@@ -156,6 +158,7 @@ def test_torchrun_with_one_process_pays_for_no_wrapper_and_no_process_group(monk
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_step_reduces_its_gradients_once_and_bf16_changes_their_rounding_alone(tmp_path, processes):
     torchrun(processes, ROOT / "tests" / "reduce_worker.py", tmp_path / "results.pt")
     results = torch.load(tmp_path / "results.pt", weights_only=True)
