@@ -93,7 +93,7 @@ def out_dir_of(argv: list[str]) -> Path:
 def train(command: list[str], argv: list[str]) -> None:
     """Run a training command with fewer steps and at most two processes; a plain start finds no out_dir."""
     resumes = any(word.startswith("--resume") for word in argv)
-    argv = [*argv, *SMALL, *(["--max_iters=3"] if resumes else [])]
+    argv = [*argv, *SMALL, *(["--max_iters=3", "--lr_decay_iters=2"] if resumes else [])]
     out_dir = out_dir_of(argv)
     if not resumes:
         shutil.rmtree(out_dir, ignore_errors=True)
@@ -108,7 +108,8 @@ def train(command: list[str], argv: list[str]) -> None:
     assert json.loads(log.read_text())["status"] == "finished"
     if not (out_dir / NAMED_LOG).exists():
         shutil.copyfile(log, out_dir / NAMED_LOG)
-    shutil.copytree(out_dir, "out/mine", dirs_exist_ok=True)  # for chat
+    for name in ("mine", "a", "b"):  # for chat, exports and averages
+        shutil.copytree(out_dir, f"out/{name}", dirs_exist_ok=True)
 
 
 def run(command: list[str]) -> None:
@@ -120,6 +121,8 @@ def run(command: list[str]) -> None:
     if command[script] in ("tools/verify_resume.py", "tools/show_step.py"):
         argv = [*argv, *(each for each in SMALL if not each.startswith(("--max_iters", "--log_interval")))]
         argv.append("--max_iters=12")
+    if command[script] == "tools/average_checkpoints.py":
+        argv = ["--last=1" if word == "--last=3" else word for word in argv]
     if command[script] == "tools/chat.py":
         argv = [*argv, "--prompt=what is the cat", "--max_new_tokens=8"]
     importlib.import_module(command[script].removesuffix(".py").replace("/", ".")).main(argv)
