@@ -203,6 +203,8 @@ def _unsupported_layers(config: Config) -> Iterator[str]:
             yield f"layer_types has {len(kinds)} entries, not one for each of num_hidden_layers"
     if type(config.get("max_window_layers", 0)) is not int:
         yield f"max_window_layers must be a whole number, not {reprlib.repr(config['max_window_layers'])}"
+    if (other := config.get("num_local_experts")) is not None and other != config["num_experts"]:
+        yield f"num_experts is {reprlib.repr(config['num_experts'])}, num_local_experts {reprlib.repr(other)}"
     dense = config.get("mlp_only_layers") or []
     if not isinstance(dense, Sequence) or not all(type(each) is int for each in dense):
         yield f"mlp_only_layers must be numbers of blocks, not {reprlib.repr(dense)}"

@@ -167,6 +167,50 @@ class StoredTensor(NamedTuple):
         return tensor
 
 
+class OfFused(NamedTuple):
+    """A part of a stored tensor that holds those of all experts."""
+
+    whole: StoredTensor
+    expert: int
+    rows: slice
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows.stop - self.rows.start, *self.whole.shape[2:])
+
+    @property
+    def dtype(self) -> torch.dtype | str:
+        return self.whole.dtype
+
+    def read(self) -> Tensor:
+        return self.whole.read()[self.expert, self.rows]
+
+
+def one_by_one(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor | OfFused]:
+    """Each expert's tensors, whether stored so, or those of all in one, as Transformers 5 has them in memory."""
+    found: dict[str, StoredTensor | OfFused] = {}
+    for name, tensor in tensors.items():
+        place, _, kind = name.rpartition(".experts.")
+        names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind)
+        if not place or names is None or len(tensor.shape) != 3 or tensor.shape[1] % len(names):
+            found[name] = tensor
+            continue
+        rows = tensor.shape[1] // len(names)
+        for expert in range(tensor.shape[0]):
+            for part, letter in enumerate(names):
+                cut = slice(part * rows, (part + 1) * rows)
+                found[f"{place}.experts.{expert}.{letter}.weight"] = OfFused(tensor, expert, cut)
+    return found
+
+
+def with_prefix(tensors: Mapping[str, StoredTensor], model_type: str) -> dict[str, StoredTensor]:
+    """The same with the prefix that a model with a head has: GPT-2 was published without it, and so are bare models."""
+    prefix = "transformer." if model_type == "gpt2" else "model."
+    if any(name.startswith(prefix) for name in tensors):
+        return dict(tensors)
+    return {name if name.startswith("lm_head.") else prefix + name: tensor for name, tensor in tensors.items()}
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json."""
     return _read_object(folder / "config.json")

@@ -20,7 +20,7 @@ from sft.ema import Weights
 from sft.errors import UserError, listed
 from sft.families import architecture_fields
 from sft.files import let_go
-from sft.huggingface import NameTable, Piece, StoredTensor, pieces_of
+from sft.huggingface import NameTable, OfFused, Piece, StoredTensor, pieces_of
 
 FLOATS = tuple(huggingface.FLOATS.values())
 WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DistributedDataParallel put before each name
@@ -59,7 +59,7 @@ class Pretrained:
 
     path: Path
     fields: dict[str, Any]  # of the architecture, as plain values
-    tensors: Mapping[str, MappedTensor | StoredTensor]  # by the file's names
+    tensors: Mapping[str, MappedTensor | StoredTensor | OfFused]  # by the file's names
     table: NameTable | None  # how ours are made of them; None = the names are ours
     adapters: Mapping[str, Any] | None = None  # of tensors that are adapters: "lora" and "base", as the file has them
 
@@ -113,7 +113,7 @@ class Pretrained:
     def _compare_tied_head(self, embedding: str) -> None:
         if not torch.equal(self.tensors["lm_head.weight"].read(), self.tensors[embedding].read()):
             note = "the head is tied, so its lm_head.weight, which differs from the embedding, is not used"
-            print(f"{self.path}: {note} (Transformers does the same)", file=sys.stderr)
+            print(f"{self.path}: {note}", file=sys.stderr)
 
 
 def open_pretrained(path: Path, *, verify: bool = True, weights: Weights = "model") -> Pretrained:
@@ -130,9 +130,15 @@ def open_pretrained(path: Path, *, verify: bool = True, weights: Weights = "mode
             fields = architecture_fields(config)
         except UserError as error:
             raise UserError(f"{path / 'config.json'}: {error}") from error
-        stored = huggingface.stored_tensors(path)
-        tensors = {_with_prefix(name, config): stored[name] for name in stored if not THEIR_BUFFERS.search(name)}
+        stored = {
+            name: tensor for name, tensor in huggingface.stored_tensors(path).items() if not THEIR_BUFFERS.search(name)
+        }
+        tensors = huggingface.one_by_one(huggingface.with_prefix(stored, config["model_type"]))
         _refuse_too_many_layers(path, fields, tensors)
+        if fields["weight_tying"] and _has_a_head_of_its_own(tensors, huggingface.name_table(fields)):
+            told = "the config ties the head to the embedding, the file has an lm_head.weight that differs from it"
+            print(f"{path}: {told}: the file wins, as in Transformers 5, and the head is not tied", file=sys.stderr)
+            fields = {**fields, "weight_tying": False}
         return Pretrained(path, fields, tensors, huggingface.name_table(fields))
     if peft_format.is_peft_folder(path) and weights == "model":
         adapters, stored = peft_format.read(path)
@@ -140,10 +146,12 @@ def open_pretrained(path: Path, *, verify: bool = True, weights: Weights = "mode
     return _open_checkpoint(checkpoint_file(path), verify=verify, weights=weights)
 
 
-def _with_prefix(name: str, config: Mapping[str, Any]) -> str:
-    """GPT-2 was published without the prefix that Transformers writes."""
-    bare = config["model_type"] == "gpt2" and not name.startswith(("transformer.", "lm_head."))
-    return f"transformer.{name}" if bare else name
+def _has_a_head_of_its_own(tensors: Mapping[str, StoredTensor | OfFused], table: NameTable) -> bool:
+    """Whether there is a head beside the embedding, of its shape and with other numbers."""
+    embedding, head = tensors.get(table["token_embeddings.weight"][0].name), tensors.get("lm_head.weight")
+    if embedding is None or head is None or (embedding.shape, embedding.dtype) != (head.shape, head.dtype):
+        return False  # what does not fit is refused later
+    return embedding.dtype in FLOATS and not torch.equal(embedding.read(), head.read())
 
 
 def is_hugging_face_folder(path: Path) -> bool:

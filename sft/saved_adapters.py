@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -14,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sft import adapting, peft_format
+from sft import adapting, hub, peft_format
 from sft.adapting import EMBEDDINGS, Base, Place
 from sft.errors import UserError, listed
-from sft.huggingface import StoredTensor
+from sft.huggingface import OfFused, StoredTensor
 from sft.lora import LoRA
 from sft.pretrained import FLOATS, MappedTensor, Pretrained, open_pretrained
 from sft.untrusted import MOST_IDS
@@ -94,6 +95,9 @@ def _candidates(source: Pretrained, base: Mapping[str, Any], told: str) -> Itera
     """Where the base may be: where somebody says, where it was, and where it was as seen from the checkpoint."""
     folder = source.path if source.path.is_dir() else source.path.parent
     yield folder / LINK
+    if hub.is_name(told):  # as most published adapters name it
+        with contextlib.suppress(UserError):
+            yield hub.fetch(told, setting="base", files=hub.MODEL_FILES, only_cached=True)
     yield Path(told)
     relative = base.get("relative_path", told)
     if isinstance(relative, str) and relative.isprintable():
@@ -160,7 +164,7 @@ def write_peft(folder: Path, model: Any, *, base: str) -> None:
     peft_format.write(folder, lora, {**tensors, **kept}, base=base, known=names)
 
 
-def _grow(source: Pretrained, model: Any, tensors: Mapping[str, MappedTensor | StoredTensor]) -> None:
+def _grow(source: Pretrained, model: Any, tensors: Mapping[str, MappedTensor | StoredTensor | OfFused]) -> None:
     """As many rows for ids as the adapted model had: as its architecture or its embeddings tell."""
     size = source.fields.get("vocab_size", 0)
     if not source.fields and (embeddings := tensors.get("token_embeddings.weight")) and len(embeddings.shape) == 2:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+import train_sft
 from model_builder import ConfigurableGPT, load_pretrained
 from model_config import ModelArchitectureConfig
 from sft import experts
@@ -306,6 +307,14 @@ def test_what_is_recomputed_changes_no_gradient(activation_checkpointing):
         SummedLoss(model, loss=Loss("reference", ""), balance_weight=0.3)(batch).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_memory_of_experts_is_estimated(arguments, capsys):
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "num_experts": 4, "num_experts_per_tok": 2, "expert_d_ff": 16}
+    train_sft.main([*arguments(model=shape, activation_checkpointing="auto"), "--dry_run"])
+    told = capsys.readouterr().out
+    assert "estimated:" not in told
+    assert "activation_checkpointing=full" in told
 
 
 def test_every_tensor_has_a_name_of_hugging_faces():

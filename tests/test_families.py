@@ -147,6 +147,43 @@ def test_what_was_saved_in_16_bits_comes_as_it_is(live, tmp_path: Path, dtype: t
     assert all(torch.equal(weights[name], tensor.float()) for name, tensor in saved.items())
 
 
+def of_kind(name: str, folder: Path) -> Any:
+    kind, choices = MODELS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**choices))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+IDS = torch.arange(30)[None]
+
+
+def test_a_head_that_differs_from_the_embedding_is_the_head_though_the_config_ties_them(tmp_path: Path, capsys):
+    of_kind("smollm", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": torch.randn(120, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    ours = load_pretrained(tmp_path)
+    assert not ours.config.weight_tying
+    assert "the file wins, as in Transformers 5, and the head is not tied" in capsys.readouterr().err
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (ours(IDS) - theirs(IDS).logits).abs().max() <= 1e-4
+
+
+def test_experts_that_are_stored_as_one_tensor_are_cut(tmp_path: Path):
+    theirs = of_kind("qwen 3 moe", tmp_path)
+    theirs.save_pretrained(tmp_path / "fused", save_original_format=False)
+    assert any("gate_up_proj" in name for name in load_file(tmp_path / "fused" / "model.safetensors"))
+    fused, split = (load_pretrained(folder).state_dict() for folder in (tmp_path / "fused", tmp_path))
+    assert all(torch.equal(fused[name], split[name]) for name in split)
+
+
+def test_a_bare_model_with_a_tied_head_is_read(tmp_path: Path):
+    theirs = of_kind("smollm", tmp_path / "whole")
+    theirs.model.save_pretrained(tmp_path / "bare")
+    assert not any(name.startswith("model.") for name in load_file(tmp_path / "bare" / "model.safetensors"))
+    assert torch.equal(load_pretrained(tmp_path / "bare")(IDS), load_pretrained(tmp_path / "whole")(IDS))
+
+
 def gpt2_folder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)).save_pretrained(tmp_path)
@@ -205,6 +242,7 @@ QWEN2 = {**SIZES, "model_type": "qwen2", "hidden_act": "silu"}
         ({"layer_types": ["sliding_attention"] * 3}, "layer_types .* are not supported, only 'full_attention'"),
         ({"vocab_size": True}, "vocab_size must be a whole number above 0, not True"),
         ({"model_type": "qwen3_moe", **EXPERTS, "num_experts": None}, "num_experts must be a whole number above 0"),
+        ({"model_type": "qwen3_moe", **EXPERTS, "num_local_experts": 8}, "num_experts is 6, num_local_experts 8"),
         ({"model_type": "qwen3_moe", **EXPERTS, "mlp_only_layers": "1"}, "mlp_only_layers must be numbers of blocks"),
     ],
 )
