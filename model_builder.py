@@ -39,20 +39,23 @@ class ConfigurableGPT(nn.Module):
         super().__init__()
         device = torch.get_default_device()
         with torch.device("meta"):  # so that PyTorch's own initialisation draws nothing and costs nothing
-            self.token_embeddings = nn.Embedding(config.vocab_size, config.n_embd)
+            self.token_embeddings = empty_embedding(config.vocab_size, config.n_embd)
             self.pos_encoding = LearnedPositions(config) if config.position_encoding == "learned_absolute" else None
             self.embedding_dropout = nn.Dropout(config.dropout)
             self.blocks = nn.ModuleList(Block(config, place) for place in range(config.n_layer))
             self.final_norm = build_norm(config)
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.config = config
         self.activation_checkpointing: recompute.Recomputing = "none"  # what of a block the backward computes again
         self.attention: BackEnd = "sdpa"  # set_attention
         self.compiled = False
         self.adapted: Adapted | None = None  # what its adapters are, where it has some
-        self.to_empty(device=device)
+        has_numbers = device.type != "meta"  # else there is nothing to draw, and hundreds of modules not to import
+        if has_numbers:
+            self.to_empty(device=device)
         self._tie_head()
-        self._initialise()
+        if has_numbers:
+            self._initialise()
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, documents: Documents | None = None) -> Tensor:
         """Logits (B, T, V) for ids (B, T)."""
@@ -332,10 +335,15 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, config: ModelArchitectureConfig):
         super().__init__()
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = empty_embedding(config.block_size, config.n_embd)
 
     def forward(self, positions: Tensor) -> Tensor:
         return self.wpe(positions)
+
+
+def empty_embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding whose numbers are yet to be drawn."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 def chosen(x: Tensor, places: Tensor | None) -> Tensor:

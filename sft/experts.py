@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sft.errors import UserError
+from sft.linear import Linear
 
 # Shapes: N tokens, n = N * k of them with one expert each, E experts, D width, F inner width of an expert.
 
@@ -93,7 +94,7 @@ class MixtureOfExperts(nn.Module):
         """`normalized`: the weights of a token's `chosen` experts are divided by their sum."""
         super().__init__()
         self.chosen, self.normalized = chosen, normalized
-        self.router = nn.Linear(width, experts, bias=False)
+        self.router = Linear(width, experts, bias=False)
         self.w_gate = nn.Parameter(torch.empty(experts, inner_width, width))
         self.w_value = nn.Parameter(torch.empty(experts, inner_width, width))
         self.w_out = nn.Parameter(torch.empty(experts, width, inner_width))

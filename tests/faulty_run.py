@@ -59,6 +59,8 @@ WHAT: dict[str, Callable[[], Any]] = {
     "parent-int": lambda: os.kill(os.getppid(), signal.SIGINT),
     "parent-usr1": lambda: os.kill(os.getppid(), signal.SIGUSR1),
     "parent-kill": lambda: os.kill(os.getppid(), signal.SIGKILL),
+    "parent-usr1-nap": lambda: (os.kill(os.getppid(), signal.SIGUSR1), nap()),
+    "parent-kill-nap": lambda: (os.kill(os.getppid(), signal.SIGKILL), nap()),
     "parent-term-nap": lambda: (os.kill(os.getppid(), signal.SIGTERM), nap()),
     "int-twice": interrupt_twice,
     "parent-int-twice-nap": interrupt_parent_twice,

@@ -73,9 +73,10 @@ def test_a_signal_to_torchrun_saves_and_stops_all_ranks(options, tmp_path, expec
     goes_on(tmp_path / "out", expected, options, tmp_path)
 
 
-@pytest.mark.parametrize("fault", ["parent-usr1 forward 0 6", "parent-kill forward 0 6"])
+@pytest.mark.parametrize("fault", ["parent-usr1-nap forward 0 6", "parent-kill-nap forward 0 6"])
 def test_ranks_whose_torchrun_has_died_save_and_stop(options, tmp_path, expected, fault):
-    """SIGUSR1 is not among the signals that torchrun handles unless told to: it dies of it."""
+    """SIGUSR1 is not among the signals that torchrun handles unless told to: it dies of it. Ranks look after it once a
+    second: the step lasts longer than that."""
     number = signal.SIGUSR1 if "usr1" in fault else signal.SIGKILL
     assert run(fault, options(out_dir=tmp_path / "out")).returncode == -number
     assert [log["status"] for log in logs(tmp_path / "out")] == ["preempted"]
