@@ -68,7 +68,8 @@ def with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     """An architecture's fields, those that are not told with the values that stand for nothing told."""
     known = dataclasses.fields(ModelArchitectureConfig)
     demand(fields.keys() <= {field.name for field in known}, "unknown fields")
-    return {field.name: fields.get(field.name, field.default) for field in known}
+    values = {field.name: fields.get(field.name, field.default) for field in known}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}  # as to_dict
 
 
 def safetensors_of(tensors: Mapping[str, torch.Tensor]) -> bytes:
