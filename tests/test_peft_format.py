@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model_builder import ConfigurableGPT, load_pretrained
+from sft import hub
 from sft.adapting import ADAPTERS_OF, make_trainable, merge_adapters
 from sft.errors import UserError
 from sft.saved_adapters import write_peft
@@ -214,6 +215,18 @@ def test_a_base_that_is_not_on_this_machine_is_asked_for(theirs, tmp_path):
     change(theirs, base_model_name_or_path=str(theirs))
     (theirs / "base").unlink()
     assert "its base has a base, and so on" in refusal(theirs)
+
+
+def test_a_base_in_the_cache_of_the_hub_is_found_by_its_name(theirs, tmp_path, monkeypatch):
+    expected = load_pretrained(theirs)(IDS)
+    change(theirs, base_model_name_or_path="Qwen/Qwen3-0.6B")
+
+    def fetch(name: str, *, only_cached: bool, **_: object) -> Path:
+        assert (name, only_cached) == ("Qwen/Qwen3-0.6B", True)  # a load never waits for the network
+        return tmp_path / "base"
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    assert torch.equal(load_pretrained(theirs)(IDS), expected)
 
 
 def test_adapters_for_another_base_are_refused(theirs, tmp_path):
