@@ -84,7 +84,8 @@ class ConfigurableGPT(nn.Module):
         for each in (documents, windowed):
             if each is not None:
                 dropout = self.config.attention_dropout_rate if self.training else 0.0
-                each.prepare(self.attention, dropout=dropout, compiled=self.compiled)
+                routed = self.config.num_experts is not None
+                each.prepare(self.attention, dropout=dropout, compiled=self.compiled, routed=routed)
         x = self.token_embeddings(ids)
         if self.pos_encoding is not None:
             x = x + self.pos_encoding(positions)

@@ -113,9 +113,10 @@ class Documents:
         """What FlexAttention needs to leave out the blocks of scores that no document has."""
         return attention_backends.document_block_mask(self.ids)
 
-    def prepare(self, back_end: BackEnd, *, dropout: float = 0.0, compiled: bool = False) -> None:
+    def prepare(self, back_end: BackEnd, *, dropout: float = 0.0, compiled: bool = False, routed: bool = False) -> None:
         """Compute what the layers share now: inside torch.compile the first access would break the graph."""
-        _ = self.real
+        if routed:  # to experts, but not what is padding
+            _ = self.real
         way = self.way(back_end, dropout=dropout, compiled=compiled)
         if way == "flex":
             _ = self.block_mask

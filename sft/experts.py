@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from sft.attention_backends import is_without_content
 from sft.errors import UserError
 from sft.linear import Linear
 
@@ -160,7 +160,7 @@ def feed_forward_one_by_one(x: Tensor, counts: Tensor, w_gate: Tensor, w_value: 
     """The same, expert after expert, those without tokens left out; waits for the counts, and so cuts a graph."""
     n, E = len(x), len(w_gate)
     even = [n // E + (each < n % E) for each in range(E)]  # where nobody knows: on meta, in an estimate
-    lengths = even if x.is_meta or isinstance(x, FakeTensor) else counts.tolist()
+    lengths = even if x.is_meta or is_without_content(x) else counts.tolist()
     lengths.append(n - sum(lengths))
     parts = []
     for expert, rows in enumerate(x.split(lengths)):

@@ -265,7 +265,7 @@ def test_the_record_tells_of_even_and_idle_experts():
     assert load.record([0.0] * 10)["balance_loss"] == 0
 
 
-def test_a_block_without_experts_has_one_part_for_all(capsys):
+def test_a_block_without_experts_has_one_part_for_all():
     model = model_of(dense_layers=(1,), d_ff=48)
     assert [type(block.ffn).__name__ for block in model.blocks] == ["MixtureOfExperts", "GatedFeedForward"]
     routings: list[Routing] = []
